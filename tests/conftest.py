@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""What every test gets: few threads, a fixed seed, tiny data sets, and no gpu tests where there is no GPU."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "2"
+)  # before torch is imported: also for the processes that tests start
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+TINY_NAMES = ("B/5.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png", "c.png")  # as a data set sorts them
+TINY_LABELS = (2, 0, 1, 2, 0, 1)
+
+WriteDataset = Callable[..., Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """The same random numbers in every test, whatever ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_images() -> dict[str, np.ndarray]:
+    """File name -> uint8 (16, 16, 3)."""
+    generator = np.random.default_rng(0)
+    return {name: generator.integers(0, 256, (16, 16, 3), dtype=np.uint8) for name in TINY_NAMES}
+
+
+@pytest.fixture
+def write_dataset(tmp_path: Path) -> WriteDataset:
+    """write_dataset(name, files, labels=None) -> path of a folder, or of a zip if the name ends so.
+
+    files: name -> array, PIL image or bytes; labels: file name -> class id, or the text of dataset.json.
+    """
+
+    def write(
+        name: str,
+        files: Mapping[str, np.ndarray | Image.Image | bytes],
+        labels: Mapping[str, object] | str | None = None,
+    ) -> Path:
+        contents = {file: encode_image(content) for file, content in files.items()}
+        if labels is not None:
+            text = (
+                labels
+                if isinstance(labels, str)
+                else json.dumps({"labels": [list(x) for x in labels.items()]})
+            )
+            contents["dataset.json"] = text.encode()
+        path = tmp_path / name
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                for file, content in contents.items():
+                    archive.writestr(file, content)
+            return path
+        path.mkdir()
+        for file, content in contents.items():
+            (path / file).parent.mkdir(parents=True, exist_ok=True)
+            (path / file).write_bytes(content)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny_folder(write_dataset: WriteDataset, tiny_images: dict[str, np.ndarray]) -> Path:
+    """Six 16x16 RGB images of three classes, in a folder with subfolders."""
+    return write_dataset("tiny", tiny_images, dict(zip(TINY_NAMES, TINY_LABELS, strict=True)))
+
+
+@pytest.fixture
+def tiny_zip(write_dataset: WriteDataset, tiny_images: dict[str, np.ndarray]) -> Path:
+    """The same files as `tiny_folder`, in a zip."""
+    return write_dataset("tiny.zip", tiny_images, dict(zip(TINY_NAMES, TINY_LABELS, strict=True)))
+
+
+def encode_image(content: np.ndarray | Image.Image | bytes) -> bytes:
+    if isinstance(content, bytes):
+        return content
+    image = content if isinstance(content, Image.Image) else Image.fromarray(content)
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()

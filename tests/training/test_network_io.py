@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: MIT
+"""Network files: what is written comes back, without timm, and every unusable file is refused in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from training import network_io
+from training.config import (
+    DataConfig,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    MappingConfig,
+    OptimizerConfig,
+    SynthesisConfig,
+    TrainConfig,
+)
+from training.generator.generator import Generator
+from training.network_io import NetworkFileError, load_network, read_network, save_network
+
+ROOT = Path(__file__).parents[2]
+INFO = {"cur_nimg": 1200, "class_names": ["cat", "dog"], "metrics": {"fd_lite0": 12.5}}
+
+
+def generator_config(c_dim=2, use_radial_filters=False):
+    mapping = MappingConfig(z_dim=4, w_dim=8, c_dim=c_dim, num_embeddings=2, embedding_dim=6)
+    synthesis = SynthesisConfig(
+        img_resolution=16, channel_max=6, num_layers=4, margin_size=2, use_radial_filters=use_radial_filters
+    )
+    return GeneratorConfig(mapping=mapping, synthesis=synthesis)
+
+
+def train_config():
+    return TrainConfig(
+        data=DataConfig(path="digits"),
+        generator=generator_config(),
+        discriminator=DiscriminatorConfig(img_resolution=16),
+        generator_optimizer=OptimizerConfig(lr=0.1),
+        discriminator_optimizer=OptimizerConfig(lr=0.2),
+        batch_size=4,
+        microbatch_size=2,
+        ema_halflife_kimg=1.0,
+    )
+
+
+@pytest.fixture(name="G")
+def generator():
+    G = Generator(generator_config())
+    G.mapping.w_avg.normal_()
+    return G
+
+
+@pytest.fixture
+def file(tmp_path, G):
+    path = tmp_path / "net.safetensors"
+    save_network(path, G, info=INFO)
+    return path
+
+
+def rewrite(path, tensors=None, **metadata):
+    """Write the file again with other tensors or changed metadata (None removes an entry)."""
+    with safe_open(path, "pt") as f:
+        old = f.metadata()
+    tensors = load_file(path) if tensors is None else tensors
+    metadata = {k: v for k, v in (old | metadata).items() if v is not None}
+    save_file(tensors, path, metadata=metadata)
+
+
+def assert_same_state(a, b):
+    assert list(a) == list(b)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("c_dim", [0, 2])
+@pytest.mark.parametrize("use_radial_filters", [False, True])
+def test_loaded_generator_makes_the_same_images(tmp_path, c_dim, use_radial_filters):
+    G = Generator(generator_config(c_dim, use_radial_filters)).eval()
+    G.mapping.w_avg.normal_()
+    save_network(tmp_path / "net.safetensors", G)
+    loaded = load_network(tmp_path / "net.safetensors")
+    assert_same_state(dict(sorted(G.state_dict().items())), dict(sorted(loaded.state_dict().items())))
+    z, labels = torch.randn(3, 4), torch.tensor([0, 1, 1]) if c_dim else None
+    with torch.no_grad():
+        assert torch.equal(G(z, labels, truncation_psi=0.5), loaded(z, labels, truncation_psi=0.5))
+
+
+def test_loaded_generator_is_ready_to_sample(file):
+    loaded = load_network(file)
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.cfg == generator_config()
+
+
+def test_everything_comes_back(tmp_path, G):
+    path = tmp_path / "net.safetensors"
+    trained = Generator(generator_config())
+    D_state = {
+        "head.weight": torch.randn(3, 4).T,  # not contiguous
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "num_batches_tracked": torch.tensor(7),
+        "absent": None,
+    }
+    save_network(path, G, G=trained, D_state=D_state, config=train_config(), info=INFO)
+    stored = read_network(path)
+    assert stored.generator_config == generator_config()
+    assert stored.train_config == train_config()
+    assert stored.info == INFO
+    assert stored.path == path
+    for state, module in ((stored.G_ema, G), (stored.G, trained)):
+        assert all(torch.equal(state[name], x) for name, x in module.state_dict().items())
+    assert set(stored.D) == {"head.weight", "half", "num_batches_tracked"}
+    assert torch.equal(stored.D["head.weight"], D_state["head.weight"])
+    assert stored.D["half"].dtype == torch.float32 and stored.D["num_batches_tracked"].dtype == torch.int64
+
+
+def test_absent_parts_are_none(file):
+    stored = read_network(file)
+    assert stored.G is None and stored.D is None and stored.train_config is None
+
+
+def test_tensors_that_share_memory_are_stored_apart(tmp_path, G):
+    whole = torch.arange(6.0)
+    save_network(tmp_path / "net.safetensors", G, D_state={"a": whole, "b": whole[2:], "c": whole})
+    D = read_network(tmp_path / "net.safetensors").D
+    assert D["a"].tolist() == D["c"].tolist() == whole.tolist() and D["b"].tolist() == [2, 3, 4, 5]
+
+
+def test_saving_does_not_change_the_network(file, G):
+    before = {name: x.clone() for name, x in G.state_dict().items()}
+    save_network(file, G, dtype=torch.float16)
+    assert_same_state(before, G.state_dict())
+    assert G.training and all(p.requires_grad for p in G.parameters())
+
+
+def test_float16_files_are_smaller_and_load_as_float32(tmp_path, file, G):
+    compact = tmp_path / "compact.safetensors"
+    save_network(compact, G, dtype=torch.float16)
+    loaded = load_network(compact)
+    assert compact.stat().st_size < 0.8 * file.stat().st_size
+    for name, x in G.state_dict().items():
+        y = loaded.state_dict()[name]
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, x, rtol=2**-10, atol=1e-6)
+    assert torch.equal(loaded.synthesis.input.freqs, G.synthesis.input.freqs)  # buffers stay exact
+
+
+def test_values_too_large_for_float16_are_refused(tmp_path, G):
+    with torch.no_grad():
+        G.mapping.fc0.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"'mapping.fc0.weight' do not fit into torch.float16"):
+        save_network(tmp_path / "net.safetensors", G, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_keeps_the_old_file(file, G):
+    before = file.read_bytes()
+    with pytest.raises(TypeError):
+        save_network(file, G, info={"bad": object()})
+    assert file.read_bytes() == before
+
+
+def test_loading_leaves_the_random_state_alone(file):
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    load_network(file)
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_loads_and_samples_without_timm(file):
+    code = (
+        "import sys; sys.modules['timm'] = None; import torch; "
+        f"from training.network_io import load_network; G = load_network({str(file)!r}); "
+        " print(tuple(G(torch.randn(2, G.z_dim), torch.tensor([0, 1])).shape))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == "(2, 3, 16, 16)", result.stderr
+
+
+def test_built_in_network(monkeypatch, file, tmp_path):
+    monkeypatch.setitem(network_io.BUILTIN_NETWORKS, "digits", file)
+    assert load_network("digits").cfg == generator_config()
+    monkeypatch.setitem(network_io.BUILTIN_NETWORKS, "digits", tmp_path / "absent.safetensors")
+    with pytest.raises(NetworkFileError, match="built-in network 'digits' is missing"):
+        load_network("digits")
+
+
+def missing(path):
+    path.unlink()
+
+
+def text_file(path):
+    path.write_text("this is a text file and no network at all")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def header_cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def data_cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def damaged_header(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:9] + b"]" + data[10:])
+
+
+def foreign(path):
+    save_file({"weight": torch.ones(2)}, path)
+
+
+def future_version(path):
+    rewrite(path, format_version="99")
+
+
+def without_generator(path):
+    rewrite(path, generator=None)
+
+
+def unknown_field(path):
+    with safe_open(path, "pt") as f:
+        config = json.loads(f.metadata()["generator"])
+    config["synthesis"]["sharpness"] = 1
+    rewrite(path, generator=json.dumps(config))
+
+
+def lacking_tensor(path):
+    tensors = load_file(path)
+    del tensors["G_ema.mapping.fc0.weight"]
+    rewrite(path, tensors)
+
+
+def additional_tensor(path):
+    rewrite(path, load_file(path) | {"G_ema.mapping.fc9.weight": torch.ones(1)})
+
+
+def misshapen_tensor(path):
+    rewrite(path, load_file(path) | {"G_ema.mapping.fc0.bias": torch.ones(9)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (missing, "does not exist; give a .safetensors file"),
+        (text_file, "is not a .safetensors file"),
+        (empty, "is not a .safetensors file"),
+        (header_cut, "is truncated"),
+        (data_cut, "is truncated"),
+        (damaged_header, "header is damaged"),
+        (foreign, "is not a network of this project"),
+        (future_version, "has format version 99, this code reads 1"),
+        (without_generator, "generator configuration cannot be used"),
+        (unknown_field, "no field 'sharpness'"),
+        (lacking_tensor, r"lacks tensor 'mapping.fc0.weight' \(1 in all\)"),
+        (additional_tensor, "unknown tensor 'mapping.fc9.weight'"),
+        (misshapen_tensor, r"'mapping.fc0.bias' has shape \(9,\), expected \(8,\)"),
+    ],
+)
+def test_unusable_files_are_refused_in_one_line(file, damage, message):
+    damage(file)
+    with pytest.raises(NetworkFileError, match=message) as error:
+        load_network(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("network-snapshot.pkl", "official .pkl files come in a later release"),
+        ("https://example.org/net.safetensors", "URL comes in a later release"),
+        ("http://example.org/net.pkl", "URL comes in a later release"),
+    ],
+)
+def test_what_comes_later_says_so(name, message):
+    for read in (load_network, read_network):
+        with pytest.raises(NetworkFileError, match=message):
+            read(name)
+
+
+def test_a_folder_is_answered_with_a_file_in_it(tmp_path):
+    with pytest.raises(NetworkFileError, match=r"is a folder; .*best_model\.safetensors"):
+        load_network(tmp_path)

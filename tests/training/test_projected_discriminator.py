@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: MIT
+"""The whole projected discriminator against the official one, and what is trained, saved, frozen and refused."""
+
+import copy
+import hashlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import san
+from training.config import ConfigError, DiscriminatorConfig
+from training.discriminator.feature_network import CNNFeatures
+from training.discriminator.projected import ProjectedDiscriminator
+
+DATA = Path(__file__).parents[1] / "data"
+DEIT, LITE0 = "deit_tiny_distilled_patch16_224", "tf_efficientnet_lite0"
+SMALL = DiscriminatorConfig(
+    img_resolution=32,
+    c_dim=3,
+    backbones=(LITE0,),
+    feature_resolution=64,
+    nominal_resolution=64,
+    projected_channels=8,
+    max_head_channels=16,
+    head_resolution=4,
+    num_class_embeddings=5,
+)
+
+
+def generator(name: str) -> np.random.Generator:
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def filled(salt: str, names: list) -> dict[str, torch.Tensor]:
+    values = {}
+    for name, shape in names:
+        x = generator(f"{salt}:{name}").standard_normal(shape)
+        last = name.rsplit(".", 1)[-1]
+        if last in ("running_mean", "bias"):
+            x = 0.1 * x
+        elif last == "running_var":
+            x = 1 + 0.2 * np.abs(x)
+        elif last in ("weight_u", "weight_v"):
+            x = x / np.linalg.norm(x)
+        elif last in ("cls_token", "dist_token", "pos_embed"):
+            x = 0.2 * x
+        elif last == "scale":
+            x = 0.5 + np.abs(x)
+        elif len(shape) == 1:
+            x = 1 + 0.1 * x
+        else:
+            x = x * math.sqrt(2 / np.prod(shape[1:]))
+        values[name] = x.astype(np.float32)
+    for name in [n for n in values if n.endswith("weight_orig")]:
+        stem = name.removesuffix("weight_orig")
+        matrix = values[name].astype(np.float64).reshape(len(values[name]), -1)
+        u = values[stem + "weight_u"].astype(np.float64)
+        for _ in range(10):
+            v = matrix.T @ u
+            v /= np.linalg.norm(v)
+            u = matrix @ v
+            u /= np.linalg.norm(u)
+        values[stem + "weight_u"], values[stem + "weight_v"] = u.astype(np.float32), v.astype(np.float32)
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def our_name(name: str) -> str:
+    """Official feature_networks.<backbone>.{pretrained,scratch}..., discriminators.<backbone>.mini_discs.<k>..."""
+    root, backbone, part, *rest = name.split(".")
+    if root == "discriminators":
+        level, head, *rest = rest
+        if head in ("main", "last_layer"):
+            tail = ".".join(["trunk", rest[0], *rest[2:]]) if "main" in rest else f"last.{rest[-1]}"
+        else:
+            tail = f"last.{'conv' if head == 'cls' else head}.{rest[-1]}"
+        return f"heads.{backbone}.{level}.{tail}"
+    if part == "scratch":  # layer2_ccm, layer2_csm.out_conv
+        level, kind = rest[0].removeprefix("layer").split("_")
+        return f"projectors.{backbone}.{kind}.{level}.{rest[-1]}"
+    prefix = f"feature_networks.{backbone}"
+    if rest[0] == "model":
+        return f"{prefix}.backbone." + ".".join(rest[1:])
+    layer, index = int(rest[0].removeprefix("layer")), int(rest[1])
+    if backbone == DEIT:
+        return f"{prefix}.reassemble.{layer - 1}.{index - 3}.{rest[-1]}"
+    if layer == 0 and index < 2:
+        return f"{prefix}.backbone.{('conv_stem', 'bn1')[index]}.{rest[-1]}"
+    stage = {0: -3, 1: 2, 2: 3, 3: 5}[layer] + index
+    return f"{prefix}.backbone.blocks.{stage}." + ".".join(rest[2:])
+
+
+def official_discriminator(kind: str, tag: str, names: list) -> ProjectedDiscriminator:
+    _, conditional, res = tag.split("_")
+    cfg = DiscriminatorConfig(
+        img_resolution=int(res),
+        c_dim=10 if conditional == "cond" else 0,
+        backbones=(DEIT, LITE0),
+        feature_resolution=224 if int(res) < 224 else None,
+    )
+    D = ProjectedDiscriminator(cfg, kind, pretrained=False)
+    D.feature_networks[LITE0] = CNNFeatures(timm.create_model(LITE0, features_only=True))
+    values = {our_name(name): value for name, value in filled(f"pub.{kind}.{tag}", names).items()}
+    missing, unexpected = D.load_state_dict(values, strict=False)
+    assert not unexpected and all("num_batches_tracked" in name for name in missing)
+    D.feature_networks[LITE0].fold_batchnorm_()
+    return D
+
+
+def flat_list(logits: dict[str, san.SANLogits], view: str) -> list[torch.Tensor]:
+    """The official order: all samples of the first backbone, then all of the second."""
+    return [sample for backbone in logits.values() for sample in getattr(backbone, view)]
+
+
+def check_list(golden: dict, key: str, values: list[torch.Tensor], rtol: float, atol: float) -> None:
+    assert len(values) == golden["n_list"]
+    for i, value in enumerate(values):
+        expected = golden[f"{key}_{i}"]
+        np.testing.assert_allclose(value.detach().numpy(), expected, rtol=rtol, atol=atol, err_msg=f"{key}_{i}")
+
+
+@pytest.mark.parametrize("tag", ["PD_uncond_32", "PD_uncond_256", "PD_cond_32"])
+@pytest.mark.parametrize("kind", ["san", "gan"])
+def test_matches_official(kind, tag):
+    with np.load(DATA / f"d_discriminator_{kind}.npz") as data:
+        golden = {k.removeprefix(tag + "/"): data[k] for k in data.files if k.startswith(tag + "/")}
+    D = official_discriminator(kind, tag, json.loads(str(golden["names"])))
+    res = int(tag.split("_")[2])
+    x = torch.from_numpy((-1 + 2 * generator(f"pub:{tag}.x").random((2, 3, res, res))).astype(np.float32))
+    labels = torch.from_numpy(golden["class_ids"])
+    with torch.no_grad():
+        logits = D.eval()(x, labels)
+        assert list(logits) == [DEIT, LITE0]
+        check_list(golden, "eval", flat_list(logits, "fun"), rtol=2e-4, atol=2e-4)
+        check_list(golden, "train1", flat_list(D.train()(x, labels), "fun"), rtol=1e-3, atol=1e-4)
+        if kind == "san":
+            logits = D(x, labels)
+            check_list(golden, "train2_fun", flat_list(logits, "fun"), rtol=1e-3, atol=1e-4)
+            check_list(golden, "train2_dir", flat_list(logits, "dir"), rtol=1e-3, atol=1e-4)
+    x.requires_grad_()
+    loss = sum(-sample.mean() for sample in flat_list(D.eval()(x, labels), "fun"))
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), golden["eval_loss_g"], rtol=2e-4, atol=2e-4)
+    sub, largest = golden["eval_grad_x__sub"], golden["eval_grad_x__stats"][2]
+    flat = x.grad.reshape(-1)
+    sampled = flat[:: max(1, flat.numel() // len(sub))][: len(sub)]
+    np.testing.assert_allclose(sampled.numpy(), sub, rtol=1e-3, atol=1e-4 * min(1.0, largest))
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, ProjectedDiscriminator]:
+    torch.manual_seed(0)
+    return {kind: ProjectedDiscriminator(SMALL, kind, pretrained=False) for kind in ("san", "gan")}
+
+
+@pytest.fixture(params=["san", "gan"])
+def D(small, request) -> ProjectedDiscriminator:
+    return copy.deepcopy(small[request.param])
+
+
+IMAGES, LABELS = torch.rand(4, 3, 32, 32) * 2 - 1, torch.tensor([0, 2, 1, 2])
+
+
+def test_only_heads_are_trained(D):
+    logits = D(IMAGES, LABELS)[LITE0]
+    (logits.fun.sum() + logits.dir.sum()).backward()
+    trainable = {id(p) for p in D.trainable_parameters()}
+    for name, parameter in D.named_parameters():
+        is_head = name.startswith("heads.")
+        assert (id(parameter) in trainable) == parameter.requires_grad == is_head, name
+        assert (parameter.grad is not None) == is_head, name
+
+
+@pytest.mark.parametrize("method", ["set_trainable_", "requires_grad_"])
+def test_switching_gradients_leaves_frozen_parts_frozen(D, method):
+    for mode in (False, True):
+        getattr(D, method)(mode)
+        for name, parameter in D.named_parameters():
+            assert parameter.requires_grad == (mode and name.startswith("heads.")), name
+
+
+def test_only_heads_have_a_mode(D):
+    buffers = {n: b.clone() for n, b in D.named_buffers() if not n.startswith("heads.")}
+    D.train()(IMAGES, LABELS)
+    assert D.training and all(m.training for m in D.heads.modules())
+    assert not any(m.training for part in (D.feature_networks, D.projectors) for m in part.modules())
+    assert all(torch.equal(b, buffers[n]) for n, b in D.named_buffers() if n in buffers)
+
+
+def test_evaluation_does_not_depend_on_the_batch(D):
+    D.eval()
+    together = D(IMAGES, LABELS)[LITE0].fun
+    apart = torch.cat([D(i, l)[LITE0].fun for i, l in zip(IMAGES.split(1), LABELS.split(1), strict=True)])
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_matter(D):
+    D.eval()
+    assert not torch.allclose(D(IMAGES, LABELS)[LITE0].fun, D(IMAGES, LABELS.flip(0))[LITE0].fun)
+
+
+def test_state_round_trip_without_the_backbone(D):
+    D.train()(IMAGES, LABELS)  # moves statistics and power iterations, which must be saved too
+    state = D.trained_state_dict()
+    assert not any("backbone" in name for name in state)
+    other = ProjectedDiscriminator(SMALL, "san" if D.heads[LITE0][0].last.embed.__class__ is san.SANEmbedding else "gan", pretrained=False)
+    other.feature_networks = D.feature_networks
+    other.load_trained_state_dict({name: value.clone() for name, value in state.items()})
+    assert torch.equal(D.eval()(IMAGES, LABELS)[LITE0].fun, other.eval()(IMAGES, LABELS)[LITE0].fun)
+
+
+def test_random_vit_layers_are_saved():
+    cfg = replace(SMALL, backbones=(DEIT,), nominal_resolution=256, num_levels=1)
+    D = ProjectedDiscriminator(cfg, "san", pretrained=False)
+    names = [name for name in D.trained_state_dict() if name.startswith("feature_networks.")]
+    assert len(names) == 4 and all(".reassemble." in name for name in names)
+
+
+def test_state_of_another_configuration_is_refused(small):
+    state = small["san"].trained_state_dict()
+    with pytest.raises(ConfigError, match="saved discriminator"):
+        copy.deepcopy(small["gan"]).load_trained_state_dict(state)
+    name = next(name for name in state if name.endswith("embed.weight"))
+    with pytest.raises(ConfigError, match=r"embed.weight.*shape \[2, 64\], not \[5, 64\]"):
+        copy.deepcopy(small["san"]).load_trained_state_dict({**state, name: state[name][:2]})
+
+
+def test_augmentation_is_drawn_for_each_backbone():
+    cfg = replace(SMALL, backbones=(LITE0, "tf_efficientnet_lite1"), num_levels=2, head_resolution=8)
+    D = ProjectedDiscriminator(cfg, "san", pretrained=False)
+    seen = []
+    logits = D(IMAGES, LABELS, lambda images: seen.append(images) or images)
+    assert len(seen) == 2 and all(torch.equal(images, IMAGES) for images in seen)
+    assert list(logits) == list(cfg.backbones)
+
+
+def test_class_embeddings_start_plain_tables(small):
+    D, rows = copy.deepcopy(small["gan"]), torch.randn(3, 320)
+    D.set_class_embeddings_(rows)
+    assert all(torch.equal(head.last.embed.weight[:3], rows) for head in D.heads[LITE0])
+    with pytest.raises(ConfigError, match=r"\(6, 320\) do not fit a table of 5 rows"):
+        D.set_class_embeddings_(torch.randn(6, 320))
+    copy.deepcopy(small["san"]).set_class_embeddings_(rows)
+
+
+def test_san_directions_can_be_normalised(small):
+    assert san.normalize_directions_(copy.deepcopy(small["san"])) == 4
+    assert san.normalize_directions_(copy.deepcopy(small["gan"])) == 0
+
+
+def test_unconditional_discriminator_ignores_labels():
+    D = ProjectedDiscriminator(replace(SMALL, c_dim=0), "san", pretrained=False).eval()
+    assert torch.equal(D(IMAGES)[LITE0].fun, D(IMAGES, LABELS)[LITE0].fun)
+
+
+def test_grey_images_are_refused(D):
+    with pytest.raises(ValueError, match=r"\(4, 1, 32, 32\) are not \(N, 3, H, W\)"):
+        D(IMAGES[:, :1], LABELS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbones": (LITE0, LITE0)}, "listed 2 times"),
+        ({"backbones": ()}, "backbones is empty"),
+        ({"num_levels": 5}, "num_levels=5 is not between 1 and 4"),
+        ({"head_resolution": 5}, "head_resolution=5"),
+        ({"feature_resolution": 72}, "not 2:1; set feature_resolution to a multiple of 32"),
+        ({"feature_resolution": 32}, "too small for its head"),
+        ({"c_dim": 6}, "num_class_embeddings=5 is less than the number of classes c_dim=6"),
+    ],
+)
+def test_contradictions_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        ProjectedDiscriminator(replace(SMALL, **changes), "san", pretrained=False)
+
+
+def test_unknown_head_kind_is_refused():
+    with pytest.raises(ConfigError, match="'wgan' is neither 'san' nor 'gan'"):
+        ProjectedDiscriminator(SMALL, "wgan", pretrained=False)

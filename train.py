@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: MIT
+"""Train a StyleGAN-XL generator with a SAN (or plain GAN) projected discriminator.
+
+python train.py --loss san --preset quickstart
+python train.py --loss san --cfg stylegan3-t --data my_images.zip --batch 64 --batch-gpu 8
+"""
+
+from typing import Any
+
+import click
+
+from torch_utils.errors import UserError
+from training.cli import run_training, train_options
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@train_options
+def main(**flags: Any) -> None:
+    """Train a StyleGAN-XL generator with SAN.
+
+    Start with: python train.py --loss san --preset quickstart
+    """
+    try:
+        run_training(flags)
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

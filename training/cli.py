@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: MIT
+"""Flags of train.py: StyleGAN-XL's names and defaults, plus --loss, --preset and --device; flags -> TrainConfig.
+
+Flags that had no effect in StyleGAN-XL either work here or are refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from metrics import evaluate
+from training.config import ConfigError, TrainConfig, to_json
+from training.dataset import ImageDataset, open_dataset
+from training.presets import PRESETS, stylegan_xl
+from training.run_log import create_run_dir
+from training.sampling import pick_device
+
+NOT_YET = "is not in this version"
+REFUSED_FLAGS = {
+    "freezed": f"--freezed had no effect in StyleGAN-XL, and freezing layers of D {NOT_YET}; leave it out",
+    "superres": f"--superres {NOT_YET}: it trains stems only; leave it out to train a stem",
+    "path_stem": f"--path_stem {NOT_YET}: it belongs to super-resolution stages; leave it out to train a stem",
+    "head_layers": f"--head_layers {NOT_YET}: it belongs to super-resolution stages; leave it out",
+    "up_factor": f"--up_factor {NOT_YET}: it belongs to super-resolution stages; leave it out",
+    "restart_every": f"--restart_every {NOT_YET}: it needs an exact resume; leave it out",
+}
+
+
+def _comma_list(_context: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if value.lower() in ("", "none"):
+        return ()
+    return tuple(part.strip() for part in value.split(","))
+
+
+def train_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add every flag of train.py to a click command; an absent flag is None, so that presets show through."""
+    positive = click.IntRange(min=1)
+    options = [
+        click.option("--preset", type=click.Choice(sorted(PRESETS)), help="Named recipe to start from; other flags override it"),
+        click.option("--loss", type=click.Choice(["san", "gan"]), help="SAN or plain discriminator heads  [default: san]"),
+        click.option("--outdir", metavar="DIR", default="runs", show_default=True, help="Where to save the run folder"),
+        click.option("--cfg", type=click.Choice(["stylegan3-t", "stylegan3-r", "stylegan2", "fastgan"]), help="Base configuration [required without --preset]"),
+        click.option("--data", metavar="ZIP|DIR|digits", help="Training images [required without --preset]"),
+        click.option("--gpus", type=positive, help="Number of processes; this version trains in one  [default: 1]"),
+        click.option("--batch", type=positive, help="Images per optimizer step, all processes [required without --preset]"),
+        click.option("--cond", type=bool, metavar="BOOL", help="Train a class-conditional model on dataset.json's labels  [default: 0]"),
+        click.option("--mirror", type=bool, metavar="BOOL", help="Add left-right flipped images  [default: 0]"),
+        click.option("--resume", metavar="FILE", help="Start from the weights of this network file"),
+        click.option("--freezed", type=click.IntRange(min=0), help="Freeze the first layers of D (not in this version)"),
+        click.option("--batch-gpu", type=positive, help="Images per forward pass  [default: the whole batch]"),
+        click.option("--cbase", type=positive, help="Capacity multiplier of G  [default: 32768]"),
+        click.option("--cmax", type=positive, help="Most feature maps in G  [default: 512]"),
+        click.option("--glr", type=click.FloatRange(min=0), help="Learning rate of G  [default: 0.0025]"),
+        click.option("--dlr", type=click.FloatRange(min=0), help="Learning rate of D  [default: 0.002]"),
+        click.option("--map-depth", type=positive, help="Layers of the mapping network  [default: 2]"),
+        click.option("--desc", metavar="TEXT", help="Text to add to the run folder's name"),
+        click.option("--metrics", metavar="NAME,..|none", callback=_comma_list, help="Quality metrics  [default: fd_lite0]"),
+        click.option("--kimg", type=click.FloatRange(min=0, min_open=True), help="Length of training, thousands of images  [default: 25000]"),
+        click.option("--tick", type=click.FloatRange(min=0, min_open=True), help="Thousands of images between progress reports  [default: 4]"),
+        click.option("--snap", type=click.IntRange(min=0), help="Ticks between snapshots; 0 = at the end only  [default: 50]"),
+        click.option("--seed", type=click.IntRange(min=0), help="Random seed  [default: 0]"),
+        click.option("--fp32", type=bool, metavar="BOOL", help="float32 everywhere, also on CUDA  [default: 0]"),
+        click.option("--nobench", type=bool, metavar="BOOL", help="Do not let cuDNN time its kernels  [default: 0]"),
+        click.option("--workers", type=click.IntRange(min=0), help="Loader processes; 0 = none  [default: 3]"),
+        click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop; nothing is written"),
+        click.option("--restart_every", type=int, help="Stop after so many seconds (not in this version)"),
+        click.option("--stem", is_flag=True, default=None, help="Train a stem: what happens without --superres anyway"),
+        click.option("--syn_layers", type=positive, help="Layers of the synthesis network  [default: 14]"),
+        click.option("--superres", is_flag=True, default=None, help="Train a super-resolution stage (not in this version)"),
+        click.option("--path_stem", metavar="FILE", help="Stem of a super-resolution stage (not in this version)"),
+        click.option("--head_layers", type=positive, help="Layers of a super-resolution head (not in this version)"),
+        click.option("--cls_weight", type=click.FloatRange(min=0), help="Classifier guidance, as the paper counts it; needs the 1,000 ImageNet classes  [default: 0]"),
+        click.option("--up_factor", type=click.IntRange(min=2), help="Factor of a super-resolution stage (not in this version)"),
+        click.option("--embedding", metavar="data|random|FILE", help="Rows of the class embedding: class means of the training images, random, or a table  [default: data]"),
+        click.option("--official-bn", type=bool, metavar="BOOL", help="Repeat the official shift of the feature network's BatchNorm statistics  [default: 0; 1 in paper presets]"),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where to train"),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def run_training(flags: dict[str, Any]) -> None:
+    """Do what the flags ask. Raises UserError for whatever the user can fix, before anything is written."""
+    check_refused(flags)
+    device = pick_device(flags["device"])
+    config, dataset = build_config(flags)
+    click.echo(to_json(config))
+    if flags["dry_run"]:
+        click.echo("Dry run: nothing was trained or written.")
+        return
+    from training.training_loop import Trainer  # imports timm and friends: seconds that --dry-run need not wait
+
+    run_dir = create_run_dir(flags["outdir"], describe_run(flags, config, dataset))
+    Trainer(config, dataset, device, run_dir).fit()
+    click.echo(summarize_run(run_dir))
+
+
+def check_refused(flags: dict[str, Any]) -> None:
+    """Raise ConfigError for flags that cannot do here what their user means."""
+    for name, reason in REFUSED_FLAGS.items():
+        if flags[name]:
+            raise ConfigError(reason)
+    if (flags["gpus"] or 1) > 1:
+        raise ConfigError(f"--gpus {flags['gpus']}: training on several GPUs {NOT_YET}; use --gpus 1")
+    if flags["cfg"] in ("stylegan2", "fastgan"):
+        raise ConfigError(f"--cfg {flags['cfg']}: only the StyleGAN3 layers are here; use stylegan3-t or stylegan3-r")
+    if flags["preset"] is None:
+        missing = [f"--{name}" for name in ("cfg", "data", "batch") if flags[name] is None]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)} missing; give a value, or start from --preset quickstart")
+    elif flags["cfg"] is not None:
+        raise ConfigError(f"--cfg {flags['cfg']} and --preset {flags['preset']} both choose the layers; give one of them")
+
+
+def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
+    """The complete configuration for the given flags, and the opened data set. Raises UserError."""
+    config = PRESETS[flags["preset"]]() if flags["preset"] else stylegan_xl(flags["cfg"], data=flags["data"])
+    data = override(
+        config.data, path=flags["data"], use_labels=flags["cond"], mirror=flags["mirror"], num_workers=flags["workers"], seed=flags["seed"]
+    )  # fmt: skip
+    dataset = open_dataset(data.path, use_labels=data.use_labels, mirror=data.mirror, max_size=data.max_size, seed=data.seed)
+    config = adapt_to_data(replace(config, data=data), dataset)
+    config = override_networks(config, flags)
+    batch_size = flags["batch"] or config.batch_size
+    if flags["batch"] is not None:
+        config = rescale_to_batch(config, batch_size)
+    config = override(
+        config,
+        loss=flags["loss"],
+        microbatch_size=flags["batch_gpu"] or (batch_size if flags["batch"] else None),
+        total_kimg=flags["kimg"],
+        tick_kimg=flags["tick"],
+        snapshot_ticks=flags["snap"],
+        seed=flags["seed"],
+        metrics=flags["metrics"],
+        embedding_source=flags["embedding"],
+        resume=flags["resume"],
+        benchmark=None if flags["nobench"] is None else not flags["nobench"],
+    )
+    if flags["resume"] is not None:
+        config = replace(config, ema_rampup=None)
+    if config.loss_terms.cls_weight and dataset.c_dim != 1000:
+        raise ConfigError(f"--cls_weight needs the 1,000 ImageNet classes, {config.data.path} has {dataset.c_dim}")
+    for name in config.metrics:
+        evaluate.check_metric(name)
+    config.validate()
+    return config, dataset
+
+
+def override(config: Any, **values: Any) -> Any:
+    """`config` with those fields replaced whose value is not None."""
+    return replace(config, **{name: value for name, value in values.items() if value is not None})
+
+
+def adapt_to_data(config: TrainConfig, dataset: ImageDataset) -> TrainConfig:
+    """Set resolution and number of classes of both networks to the data set's."""
+    generator, discriminator, c_dim = config.generator, config.discriminator, dataset.c_dim
+    mapping = generator.mapping
+    mapping = replace(mapping, c_dim=c_dim, num_embeddings=max(mapping.num_embeddings, c_dim))
+    feature_resolution = discriminator.feature_resolution
+    if feature_resolution is not None and dataset.resolution >= feature_resolution:
+        feature_resolution = None  # the paper resizes only what is smaller
+    return replace(
+        config,
+        generator=replace(
+            generator,
+            mapping=mapping,
+            synthesis=replace(generator.synthesis, img_resolution=dataset.resolution),
+        ),
+        discriminator=replace(
+            discriminator,
+            img_resolution=dataset.resolution,
+            c_dim=c_dim,
+            num_class_embeddings=max(discriminator.num_class_embeddings, c_dim),
+            feature_resolution=feature_resolution,
+        ),
+        embedding_source=config.embedding_source if c_dim else "random",
+    )
+
+
+def override_networks(config: TrainConfig, flags: dict[str, Any]) -> TrainConfig:
+    """Apply the flags that change the networks, their optimizers and the loss."""
+    channel_factor = 4 if config.generator.synthesis.use_radial_filters else 2  # StyleGAN-XL doubles, -r again
+    synthesis = override(
+        config.generator.synthesis,
+        channel_base=flags["cbase"] and flags["cbase"] * channel_factor,
+        channel_max=flags["cmax"] and flags["cmax"] * channel_factor,
+        num_layers=flags["syn_layers"],
+    )
+    if flags["fp32"]:
+        synthesis = replace(synthesis, num_fp16_res=0, conv_clamp=None)
+    mapping = override(config.generator.mapping, num_layers=flags["map_depth"])
+    return replace(
+        config,
+        generator=replace(config.generator, synthesis=synthesis, mapping=mapping),
+        discriminator=override(config.discriminator, official_batchnorm_statistics=flags["official_bn"]),
+        generator_optimizer=override(config.generator_optimizer, lr=flags["glr"]),
+        discriminator_optimizer=override(config.discriminator_optimizer, lr=flags["dlr"]),
+        loss_terms=override(config.loss_terms, cls_weight=flags["cls_weight"]),
+    )
+
+
+def rescale_to_batch(config: TrainConfig, batch_size: int) -> TrainConfig:
+    """Set the batch size and what StyleGAN-XL derives from it."""
+    synthesis = replace(config.generator.synthesis, magnitude_ema_beta=0.5 ** (batch_size / 20000))
+    return replace(
+        config,
+        batch_size=batch_size,
+        ema_halflife_kimg=config.ema_halflife_kimg * batch_size / config.batch_size,
+        generator=replace(config.generator, synthesis=synthesis),
+    )
+
+
+def describe_run(flags: dict[str, Any], config: TrainConfig, dataset: ImageDataset) -> str:
+    """Name of the run folder after its number: configuration, data, processes, batch."""
+    parts = [config.loss, flags["preset"] or flags["cfg"], dataset.name, "gpus1", f"batch{config.batch_size}"]
+    return "-".join(parts + ([flags["desc"]] if flags["desc"] else []))
+
+
+def summarize_run(run_dir: Path) -> str:
+    """Where the results are, one line per kind of file that exists."""
+    fakes = sorted(run_dir.glob("fakes[0-9]*.png"))
+    entries = [
+        ("images", f"{run_dir}/fakes_init.png ... {fakes[-1].name if fakes else ''} (real ones: reals.png)"),
+        ("best network", f"{run_dir}/best_model.safetensors"),
+        ("metrics", ", ".join(str(path) for path in sorted(run_dir.glob("metric-*.jsonl"))) or "none"),
+        ("statistics", f"{run_dir}/stats.jsonl, log.txt, training_options.json; tensorboard --logdir {run_dir}"),
+        ("more images", f"python gen_images.py --network {run_dir}/best_model.safetensors --outdir out"),
+    ]
+    return "\nDone. Results:\n" + "\n".join(f"  {kind:<13} {where}" for kind, where in entries)

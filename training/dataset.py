@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: MIT
+"""Training images: a data set over a zip, a folder or a built-in name; an endless sampler; batches of uint8.
+
+The formats, the subset and the order of the images are those of StyleGAN's data loader, so its data sets work
+as they are and a seed gives the same sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from training.digits import open_digits
+from training.image_source import (
+    ArraySource,
+    DatasetError,
+    FileSource,
+    FolderSource,
+    ImageHeader,
+    ZipSource,
+    check_header,
+    check_resolution,
+)
+
+BUILT_IN = {"digits": open_digits}  # name -> function that returns an ArraySource
+IN_MEMORY_BYTES = 256 * 2**20  # sets up to this size, decoded, are decoded (so checked) once, when opened
+MAX_HEADERS_CHECKED = 20_000  # of larger sets, so many headers are checked when opened: about 0.1 ms each
+SAMPLER_BLOCK = 4096  # random offsets drawn at a time; does not change the sequence
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Square uint8 images of one size with class ids.
+
+    Item i is `(image (channels, resolution, resolution) uint8, class id)`. With `mirror`, the second half of
+    the items is the first half flipped left to right. Made by `open_dataset`, which describes the arguments.
+
+    What is checked, and when: the first image always; every image if the decoded set fits IN_MEMORY_BYTES (it
+    then stays in memory); else every header if there are at most MAX_HEADERS_CHECKED; else each image when it
+    is read. The error is the same DatasetError.
+    """
+
+    def __init__(
+        self,
+        source: FileSource | ArraySource,
+        *,
+        use_labels: bool = False,
+        mirror: bool = False,
+        max_size: int | None = None,
+        seed: int = 0,
+        channels: int = 3,
+    ) -> None:
+        self._source = source
+        self.name = source.name
+        self.num_channels = channels
+        self.mirror = mirror
+        class_ids = source.labels() if use_labels else np.zeros(len(source), dtype=np.int64)
+        self.c_dim = int(class_ids.max()) + 1 if use_labels else 0  # of the whole set, whatever max_size
+        self._kept = choose_subset(len(source), max_size, seed)  # source index of every unmirrored item
+        self.labels = np.tile(class_ids[self._kept], 1 + mirror)  # int64 (len(self),); 0 without labels
+        first = int(self._kept[0])
+        self.resolution = check_resolution(source.header(first), source.location(first))
+        self._images = self._check_images()
+
+    def _check_images(self) -> Tensor | None:
+        """All decoded images, uint8 (number kept, C, H, W), if they are few; else None, headers checked."""
+        num_bytes = len(self._kept) * self.num_channels * self.resolution**2
+        if num_bytes <= IN_MEMORY_BYTES:
+            return torch.stack([self._read(int(i)) for i in self._kept])
+        if len(self._kept) <= MAX_HEADERS_CHECKED:
+            for index in self._kept.tolist():
+                self._check(index, self._source.header(index))
+        else:
+            self._read(int(self._kept[0]))
+        return None
+
+    def _check(self, index: int, header: ImageHeader) -> None:
+        check_header(header, self.num_channels, self.resolution, self._source.location(index))
+
+    def _read(self, index: int) -> Tensor:
+        """Image by source index: uint8 (C, H, W). The one place where grey files get 3 channels."""
+        header, pixels = self._source.read(index)
+        self._check(index, header)
+        if pixels.ndim == 2:
+            pixels = np.repeat(pixels[..., None], self.num_channels, axis=2)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside 0 ... {len(self) - 1}")
+        kept_index = index % len(self._kept)
+        is_mirrored = index >= len(self._kept)
+        if self._images is None:
+            image = self._read(int(self._kept[kept_index]))
+        else:
+            image = self._images[kept_index].clone()  # callers may write into it
+        return (image.flip(2) if is_mirrored else image), int(self.labels[index])
+
+    @property
+    def is_in_memory(self) -> bool:
+        """True if all images are decoded already."""
+        return self._images is not None
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Items by index: images uint8 (N, C, H, W) and class ids int64 (N,)."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        labels = torch.from_numpy(self.labels)[index]
+        if self._images is None:
+            return torch.stack([self[i][0] for i in index.tolist()]), labels
+        images = self._images[index % len(self._kept)]
+        is_mirrored = index >= len(self._kept)
+        if self.mirror and is_mirrored.any():
+            images[is_mirrored] = images[is_mirrored].flip(3)
+        return images, labels
+
+    def image_batches(self, batch_size: int = 64) -> Iterator[Tensor]:
+        """All images in order, uint8 (at most batch_size, C, H, W) at a time."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(np.arange(start, min(start + batch_size, len(self))))[0]
+
+    def fingerprint(self) -> str:
+        """Hex digest of what the items hold: image files, class ids, mirroring; not of paths, names or order.
+
+        A folder and a zip of the same files agree. Use it as the key of anything computed from this set.
+        """
+        items = [
+            (*self._source.checksum(int(k)), int(label))
+            for k, label in zip(self._kept, self.labels, strict=False)
+        ]
+        text = repr((sorted(items), self.mirror, self.num_channels, self.c_dim))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def reference_set(self) -> ImageDataset:
+        """The whole set, unmirrored: what StyleGAN's "full" metrics compare with."""
+        if not self.mirror and len(self._kept) == len(self._source):
+            return self
+        return ImageDataset(self._source, use_labels=self.c_dim > 0, channels=self.num_channels)
+
+    def close(self) -> None:
+        """Release file handles; a later read opens them again."""
+        self._source.close()
+
+
+def open_dataset(
+    path: str | os.PathLike[str],
+    use_labels: bool = False,
+    mirror: bool = False,
+    max_size: int | None = None,
+    seed: int = 0,
+    channels: int = 3,
+) -> ImageDataset:
+    """Data set from a zip, a folder with its subfolders, or a built-in name.
+
+    path: "digits" is the built-in set; write ./digits for a folder of that name. use_labels: class ids from
+    `dataset.json`; without, `c_dim` is 0 and every class id 0. max_size: a random subset, drawn with `seed`,
+    in the original order; None = all. channels: 3 repeats grey files, 1 takes grey files only. Raises
+    DatasetError for anything that cannot be trained on, see ImageDataset for what is checked when.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    path = os.fspath(path)
+    source: FileSource | ArraySource
+    if path in BUILT_IN:
+        source = BUILT_IN[path]()
+    elif not os.path.exists(path):
+        names = ", ".join(BUILT_IN)
+        raise DatasetError(f"{path}: no such file or folder; give a zip, a folder or a built-in set: {names}")
+    elif os.path.isdir(path):
+        source = FolderSource(path)
+    elif path.lower().endswith(".zip"):
+        source = ZipSource(path)
+    else:
+        raise DatasetError(f"{path}: neither a folder nor a .zip; put the images into one of these")
+    return ImageDataset(
+        source, use_labels=use_labels, mirror=mirror, max_size=max_size, seed=seed, channels=channels
+    )
+
+
+def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarray:
+    """Indices, int64, sorted: all images, or a random `max_size` of them (as StyleGAN draws them)."""
+    if max_size is not None and max_size < 1:
+        raise DatasetError(f"a data set of at most {max_size} images is empty; give a number >= 1")
+    indices = np.arange(num_images, dtype=np.int64)
+    if max_size is None or max_size >= num_images:
+        return indices
+    np.random.RandomState(seed % 2**32).shuffle(indices)
+    return np.sort(indices[:max_size])
+
+
+class InfiniteSampler(Sampler[int]):
+    """Endless random order of a data set, dealt out to `num_replicas` processes in turn.
+
+    Each step also swaps the index just used with one at most `window_size * dataset_size` places back, so the
+    order keeps changing without reshuffling (StyleGAN2-ADA's sampler). Every process runs the same generator.
+
+    position: how many indices of the common sequence, all processes together, lie behind; iteration starts
+    there. With batches of equal size this is the number of images shown, so it restores the order after a
+    restart.
+    """
+
+    def __init__(
+        self,
+        dataset_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        num_replicas: int = 1,
+        shuffle: bool = True,
+        window_size: float = 0.5,
+        position: int = 0,
+    ) -> None:
+        if dataset_size < 1 or not 0 <= rank < num_replicas or not 0 <= window_size <= 1 or position < 0:
+            raise ValueError(
+                f"InfiniteSampler: {dataset_size=}, {rank=}, {num_replicas=}, {window_size=}, {position=}"
+            )
+        self.dataset_size = dataset_size
+        self.seed = seed
+        self.rank = rank
+        self.num_replicas = num_replicas
+        self.shuffle = shuffle
+        self.window_size = window_size
+        self.position = position
+
+    def __iter__(self) -> Iterator[int]:
+        random_state = np.random.RandomState(self.seed % 2**32)
+        order_array = np.arange(self.dataset_size)
+        window = 0
+        if self.shuffle:
+            random_state.shuffle(order_array)
+            window = int(np.rint(self.dataset_size * self.window_size))
+        order = order_array.tolist()  # a list swaps ten times faster than an array
+        count, start = 0, self.position
+        while True:
+            offsets = [0] * SAMPLER_BLOCK
+            if window >= 2:
+                offsets = random_state.randint(window, size=SAMPLER_BLOCK).tolist()
+            for offset in offsets:
+                i = count % self.dataset_size
+                if count >= start and count % self.num_replicas == self.rank:
+                    yield order[i]
+                j = (i - offset) % self.dataset_size
+                order[i], order[j] = order[j], order[i]
+                count += 1
+
+
+class Batches(Iterator[tuple[Tensor, Tensor]]):
+    """Endless (images uint8 (N, C, H, W), class ids int64 (N,)) on one device.
+
+    position: the sampler's position after the last batch; build a sampler with it to continue from there.
+    """
+
+    def __init__(
+        self,
+        stream: Iterator[tuple[Tensor, Tensor]],
+        sampler: InfiniteSampler,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self._stream = stream
+        self._step = batch_size * sampler.num_replicas
+        self._device = device
+        self.position = sampler.position
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        try:
+            images, labels = next(self._stream)
+        except DatasetError as error:
+            # A worker process wraps the message in its traceback; the last line is what the user needs.
+            raise DatasetError(str(error).strip().splitlines()[-1].rpartition("DatasetError: ")[2]) from error
+        self.position += self._step
+        return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+
+
+def make_loader(
+    dataset: ImageDataset,
+    sampler: InfiniteSampler,
+    batch_size: int,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Batches:
+    """Batches of `batch_size` per process, in the sampler's order.
+
+    num_workers: processes that decode; a set in memory is indexed directly and needs none. The batches do not
+    depend on it, and torch's global generator is left alone.
+    """
+    device = torch.device(device)
+    if dataset.is_in_memory or num_workers == 0:
+        return Batches(_index_batches(dataset, sampler, batch_size), sampler, batch_size, device)
+    loader = DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else the workers' seeds are drawn from the global generator
+    )
+    return Batches(iter(loader), sampler, batch_size, device)
+
+
+def _index_batches(
+    dataset: ImageDataset, sampler: InfiniteSampler, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    indices = iter(sampler)
+    while True:
+        yield dataset.batch([next(indices) for _ in range(batch_size)])

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""The alias-free synthesis network of StyleGAN3 (arXiv:2106.12423): style vectors to images.
+
+A Fourier-feature input, then layers of modulated convolution and filtered leaky ReLU, at the sampling rates
+that `layer_plan` lays out. Attribute names are those of the official state dict.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from torch_utils.layers import FullyConnectedLayer
+from torch_utils.ops.filtered_lrelu import filtered_lrelu
+from torch_utils.ops.filters import design_lowpass_filter
+from torch_utils.ops.modulated_conv import modulated_conv2d
+from training.config import SynthesisConfig
+from training.generator.layer_plan import LayerPlan, connect_layers, plan_layers
+
+
+class SynthesisInput(nn.Module):
+    """Fourier features, rotated and shifted by w: (N, w_dim) to (N, channels, height, width), float32.
+
+    Frequencies are uniform on the disc of radius `bandwidth` (cycles per image width). `transform` is a
+    user's 3x3 matrix on image coordinates, in image widths; write the inverse of the motion wanted.
+    """
+
+    def __init__(
+        self, w_dim: int, channels: int, width: int, height: int, sampling_rate: int, bandwidth: float
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.height = height
+        self.sampling_rate = sampling_rate
+        self.bandwidth = bandwidth
+        direction = torch.randn(channels, 2)
+        radius = direction.norm(dim=1, keepdim=True)
+        freqs = direction / (radius * radius.square().exp().pow(0.25)) * bandwidth
+        self.weight = nn.Parameter(torch.randn(channels, channels))
+        # Starts without rotation and shift.
+        self.affine = FullyConnectedLayer(w_dim, 4, weight_init=0, bias_init=[1.0, 0.0, 0.0, 0.0])
+        self.register_buffer("transform", torch.eye(3))
+        self.register_buffer("freqs", freqs)
+        self.register_buffer("phases", torch.rand(channels) - 0.5)
+
+    def forward(self, w: Tensor) -> Tensor:
+        """w: (N, w_dim), the first style vector of each image."""
+        motion = self._motion(w) @ self.transform  # (N, 2, 3)
+        moved = self.freqs @ motion  # (N, C, 3): frequency in x, in y, phase
+        freqs, phases = moved[:, :, :2], self.phases + moved[:, :, 2]
+        # Frequencies that the feature map cannot hold (a zoom raises them) fade out.
+        nyquist = self.sampling_rate / 2
+        amplitudes = (1 - (freqs.norm(dim=2) - self.bandwidth) / (nyquist - self.bandwidth)).clamp(0, 1)
+        # sin(a + b) with a per row and b per column: the sine of every pixel costs two products, not a sine.
+        rows = self._centres(self.height) * freqs[:, :, 1:] + phases.unsqueeze(2)  # (N, C, H)
+        columns = self._centres(self.width) * freqs[:, :, :1]  # (N, C, W)
+        rows, columns = rows * (2 * math.pi), columns * (2 * math.pi)
+        by_row = torch.stack([rows.sin(), rows.cos()], dim=3) * amplitudes[:, :, None, None]  # (N, C, H, 2)
+        by_column = torch.stack([columns.cos(), columns.sin()], dim=2)  # (N, C, 2, W)
+        features = by_row @ by_column  # (N, C, H, W)
+        weight = self.weight * (1 / math.sqrt(self.weight.shape[1]))
+        return (weight @ features.flatten(2)).unflatten(2, (self.height, self.width))
+
+    def _motion(self, w: Tensor) -> Tensor:
+        """Rotation after translation, (N, 2, 3), the upper rows of the 3x3 matrix."""
+        t = self.affine(w.float())
+        cos, sin, shift_x, shift_y = (t / t[:, :2].norm(dim=1, keepdim=True)).unbind(1)
+        offset_x = sin * shift_y - cos * shift_x
+        offset_y = -sin * shift_x - cos * shift_y
+        return torch.stack([cos, -sin, offset_x, sin, cos, offset_y], dim=1).unflatten(1, (2, 3))
+
+    def _centres(self, size: int) -> Tensor:
+        """Pixel centres along one axis, in image widths from the middle; margins lie beyond +-0.5."""
+        positions = torch.arange(size, device=self.freqs.device, dtype=torch.float32)
+        return (positions + (1 - size) / 2) / self.sampling_rate
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated convolution and filtered leaky ReLU, from feature maps `plan.source` to `plan.target`."""
+
+    def __init__(self, cfg: SynthesisConfig, plan: LayerPlan, w_dim: int) -> None:
+        super().__init__()
+        self.plan = plan
+        self.conv_clamp = cfg.conv_clamp
+        self.magnitude_ema_beta = cfg.magnitude_ema_beta
+        source, target, k = plan.source, plan.target, plan.conv_kernel
+        self.affine = FullyConnectedLayer(w_dim, source.channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(target.channels, source.channels, k, k))
+        self.bias = nn.Parameter(torch.zeros(target.channels))
+        self.register_buffer("magnitude_ema", torch.ones([]))
+        fs = plan.oversampled_rate
+        up_filter = design_lowpass_filter(plan.up_taps, source.cutoff, source.half_width * 2, fs)
+        down_filter = design_lowpass_filter(
+            plan.down_taps, target.cutoff, target.half_width * 2, fs, radial=plan.down_radial
+        )
+        self.register_buffer("up_filter", up_filter)  # None without a filter
+        self.register_buffer("down_filter", down_filter)
+
+    def forward(self, x: Tensor, w: Tensor, force_fp32: bool = False, update_emas: bool = False) -> Tensor:
+        """x: (N, C, H, W); w: (N, w_dim). Half precision on CUDA if the plan says so, else float32."""
+        plan = self.plan
+        if update_emas:
+            with torch.no_grad():
+                self.magnitude_ema.copy_(
+                    x.float().square().mean().lerp(self.magnitude_ema, self.magnitude_ema_beta)
+                )
+        use_fp16 = plan.use_fp16 and not force_fp32 and x.device.type == "cuda"
+        dtype = torch.float16 if use_fp16 else torch.float32
+        styles = self.affine(w)
+        if plan.is_torgb:
+            styles = styles * (1 / math.sqrt(self.weight[0].numel()))
+        x = modulated_conv2d(
+            x.to(dtype),
+            self.weight,
+            styles,
+            demodulate=not plan.is_torgb,
+            padding=plan.conv_kernel - 1,
+            input_gain=self.magnitude_ema.rsqrt(),
+        )
+        return filtered_lrelu(
+            x,
+            fu=self.up_filter,
+            fd=self.down_filter,
+            b=self.bias.to(dtype),
+            up=plan.up_factor,
+            down=plan.down_factor,
+            padding=list(plan.padding),
+            gain=1.0 if plan.is_torgb else math.sqrt(2),
+            slope=1.0 if plan.is_torgb else 0.2,
+            clamp=self.conv_clamp,
+        )
+
+
+class SynthesisNetwork(nn.Module):
+    """Style vectors (N, num_ws, w_dim) to images (N, img_channels, img_resolution, img_resolution), float32.
+
+    The first vector drives the input, each further one its layer. Raises ConfigError for a configuration that
+    gives no network.
+    """
+
+    def __init__(self, cfg: SynthesisConfig, w_dim: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.w_dim = w_dim
+        self.num_ws = cfg.num_layers + 2
+        self.img_resolution = cfg.img_resolution
+        self.img_channels = cfg.img_channels
+        specs = plan_layers(cfg)
+        first = specs[0]
+        self.input = SynthesisInput(
+            w_dim,
+            first.channels,
+            first.size,
+            first.size,
+            sampling_rate=first.sampling_rate,
+            bandwidth=first.cutoff,
+        )
+        plans = connect_layers(cfg, specs)
+        self.layer_names = [plan.name for plan in plans]
+        for plan in plans:
+            self.add_module(plan.name, SynthesisLayer(cfg, plan, w_dim))
+
+    @property
+    def layers(self) -> list[SynthesisLayer]:
+        """The layers in order, ToRGB last."""
+        return [self.get_submodule(name) for name in self.layer_names]
+
+    def forward(self, ws: Tensor, force_fp32: bool = False, update_emas: bool = False) -> Tensor:
+        """Images, nominally in [-1, 1]. `update_emas` first moves each layer's running input magnitude.
+
+        `force_fp32` keeps layers planned for half precision in float32; they are anywhere but on CUDA.
+        """
+        if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.w_dim):
+            raise ValueError(f"ws of shape {tuple(ws.shape)} is not (N, {self.num_ws}, {self.w_dim})")
+        first, *rest = ws.float().unbind(dim=1)
+        x = self.input(first)
+        for layer, w in zip(self.layers, rest, strict=True):
+            x = layer(x, w, force_fp32=force_fp32, update_emas=update_emas)
+        return (x * self.cfg.output_scale).float()

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""From images to scalars: blur, augmentation, discriminator, adversarial objective, guidance, path length.
+
+`ProjectedGANLoss` is the one loss class; plain GAN and SAN objectives go through it and differ in one dictionary
+entry. All terms are means over samples, so their ratio does not depend on the micro-batch (docs/fidelity.md#loss-scale).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import san
+from torch_utils.pretrained import create_pretrained
+from torch_utils.stats import StatsCollector
+from training.augment import blur, blur_sigma, diff_augment
+from training.config import ConfigError, TrainConfig
+
+ADVERSARIAL_TERMS = {
+    "san": (san.san_real_loss, san.san_fake_loss),
+    "gan": (san.gan_real_loss, san.gan_fake_loss),
+}
+PAPER_GUIDANCE_MICROBATCH = 8  # published runs sum the adversarial loss over 8 images but average the guidance
+
+
+class ProjectedGANLoss:
+    """Losses of G and D for one micro-batch. Holds configuration only; the networks are passed in."""
+
+    def __init__(self, config: TrainConfig, guidance: GuidanceClassifier | None = None) -> None:
+        if config.objective not in san.OBJECTIVES:
+            raise ConfigError(f"objective {config.objective!r} is not one of {', '.join(san.OBJECTIVES)}")
+        self.terms = config.loss_terms
+        self.objective = san.OBJECTIVES[config.objective]
+        self.real_term, self.fake_term = ADVERSARIAL_TERMS[config.loss]
+        self.guidance = guidance
+        policy = config.discriminator.augment_policy
+        self.augment = functools.partial(diff_augment, policy=policy) if policy else None
+
+    def run_discriminator(
+        self, D: nn.Module, images: Tensor, labels: Tensor | None, cur_nimg: int
+    ) -> dict[str, san.SANLogits]:
+        """Logits per backbone, (N, K) each, of images blurred as far as training at `cur_nimg` images asks."""
+        sigma = blur_sigma(cur_nimg, self.terms.blur_init_sigma_px, self.terms.blur_fade_kimg)
+        return D(blur(images, sigma), labels, self.augment)
+
+    def generator_loss(
+        self, D: nn.Module, fake_images: Tensor, labels: Tensor | None, cur_nimg: int, stats: StatsCollector
+    ) -> Tensor:
+        """Adversarial loss of G summed over backbones, plus classifier guidance. Scalar."""
+        logits = self.run_discriminator(D, fake_images, labels, cur_nimg)
+        loss = sum(san.generator_loss(self.objective, backbone) for backbone in logits.values())
+        report_logits(stats, "fake", logits)
+        if self.guidance is not None:
+            guidance_loss = F.cross_entropy(self.guidance(fake_images), labels)
+            loss = loss + self.terms.cls_weight / PAPER_GUIDANCE_MICROBATCH * guidance_loss
+            stats.report("Loss/G/guidance_loss", guidance_loss)
+        stats.report("Loss/G/loss", loss)
+        return loss
+
+    def fake_loss(
+        self, D: nn.Module, fake_images: Tensor, labels: Tensor | None, cur_nimg: int, stats: StatsCollector
+    ) -> Tensor:
+        """Discriminator loss of generated images, summed over backbones. Scalar."""
+        logits = self.run_discriminator(D, fake_images, labels, cur_nimg)
+        report_logits(stats, "fake", logits)
+        return sum(self.fake_term(self.objective, backbone) for backbone in logits.values())
+
+    def real_loss(
+        self, D: nn.Module, real_images: Tensor, labels: Tensor | None, cur_nimg: int, stats: StatsCollector
+    ) -> Tensor:
+        """Discriminator loss of real images, summed over backbones. Scalar."""
+        logits = self.run_discriminator(D, real_images, labels, cur_nimg)
+        report_logits(stats, "real", logits)
+        return sum(self.real_term(self.objective, backbone) for backbone in logits.values())
+
+
+def report_logits(stats: StatsCollector, kind: str, logits: dict[str, san.SANLogits]) -> None:
+    """Log values and signs of all logits, under StyleGAN's names."""
+    for backbone in logits.values():
+        stats.report(f"Loss/scores/{kind}", backbone.fun)
+        stats.report(f"Loss/signs/{kind}", backbone.fun.detach().sign())
+
+
+def path_length_penalty(
+    images: Tensor, ws: Tensor, noise: Tensor, pl_mean: Tensor, decay: float
+) -> tuple[Tensor, Tensor]:
+    """Squared deviation of path lengths from their running mean (StyleGAN2, arXiv:1912.04958, Eq. 4).
+
+    images: (N, C, H, W) made from ws (N, num_ws, w_dim), both in one graph; noise: images' shape, N(0, 1) / sqrt(H W).
+    Returns the penalty (N,) and the detached new mean. The penalty compares with the *new* mean, through which it also
+    sends gradients: docs/fidelity.md#path-length.
+    """
+    (gradients,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
+    lengths = gradients.square().sum(dim=2).mean(dim=1).sqrt()  # (N,)
+    mean = pl_mean.lerp(lengths.mean(), decay)
+    return (lengths - mean).square(), mean.detach()
+
+
+class GuidanceClassifier(nn.Module):
+    """Frozen ImageNet classifier of StyleGAN-XL's guidance term: images (N, 3, H, W) in [-1, 1] to (N, 1000) logits.
+
+    Only meaningful when the training labels are the 1,000 ImageNet classes in the order of their wnids.
+    """
+
+    NAME = "deit_small_distilled_patch16_224"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    @classmethod
+    def pretrained(cls) -> GuidanceClassifier:
+        """The paper's classifier with its ImageNet weights. Raises UserError when they cannot be had."""
+        import timm
+
+        return cls(create_pretrained(cls.NAME, timm.create_model))
+
+    def forward(self, images: Tensor) -> Tensor:
+        normalized = ((images + 1) / 2 - self.mean) / self.std
+        return self.model(F.interpolate(normalized, size=224, mode="bilinear", align_corners=False))

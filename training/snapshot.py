@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""What a run leaves behind at a snapshot: image grids, network files, metric values, the best network so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from metrics import evaluate
+from training.config import TrainConfig
+from training.dataset import ImageDataset
+from training.discriminator.projected import ProjectedDiscriminator
+from training.generator.generator import Generator
+from training.image_grid import plan_grid, save_image_grid
+from training.network_io import save_network
+from training.run_log import RunLog
+from training.sampling import seeded_sampler
+
+SAMPLING_BATCH_SIZE = 64  # images per forward pass of G_ema outside training
+GRID_SEED, METRIC_SEED = 0, 1  # of the latents: the same in every run, so that pictures and values compare
+
+
+class SampleGrid:
+    """Fixed latents and labels whose images are saved again and again, and the real images in the same layout."""
+
+    def __init__(self, dataset: ImageDataset, z_dim: int, device: torch.device) -> None:
+        indices, self.grid_size = plan_grid(dataset.labels, dataset.c_dim, dataset.resolution)
+        self.real_images, labels = dataset.batch(indices)
+        self.labels = labels.to(device) if dataset.c_dim else None
+        rng = torch.Generator().manual_seed(GRID_SEED)
+        self.z = torch.randn(len(indices), z_dim, generator=rng).to(device)
+
+    def save_reals(self, path: Path) -> None:
+        """Write the real images of the grid."""
+        save_image_grid(self.real_images, path, drange=(0, 255), grid_size=self.grid_size)
+
+    def save_fakes(self, path: Path, G_ema: Generator) -> None:
+        """Write what G_ema makes of the grid's latents and labels."""
+        save_image_grid(torch.cat(list(self._generate(G_ema))), path, drange=(-1, 1), grid_size=self.grid_size)
+
+    @torch.inference_mode()
+    def _generate(self, G_ema: Generator) -> Iterator[Tensor]:
+        for start in range(0, len(self.z), SAMPLING_BATCH_SIZE):
+            part = slice(start, start + SAMPLING_BATCH_SIZE)
+            yield G_ema(self.z[part], None if self.labels is None else self.labels[part]).cpu()
+
+
+@dataclass
+class Snapshots:
+    """Evaluates and writes the networks of one run, and remembers which was best."""
+
+    config: TrainConfig
+    run_dir: Path
+    dataset: ImageDataset
+    log: RunLog
+    device: torch.device
+    best_value: float | None = None  # of the first metric; lower is better
+
+    def evaluate(self, G_ema: Generator, cur_nimg: int, snapshot: str) -> dict[str, float]:
+        """Compute the run's metrics for G_ema and log them. Returns all values by name."""
+        values: dict[str, float] = {}
+        real = self.dataset.reference_set()
+        reference = evaluate.ImageSet(len(real), real.fingerprint(), real.image_batches)
+        for name in self.config.metrics:
+            start = time.time()
+            sampler = seeded_sampler(G_ema, METRIC_SEED, self.device)
+            results = evaluate.compute(name, reference, sampler, device=self.device)
+            seconds = time.time() - start
+            self.log.write_metric(name, results, cur_nimg, snapshot, seconds)
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in results.items())
+            self.log.print(f"{shown} at {cur_nimg / 1000:g} kimg ({seconds:.0f} s)")
+            values.update(results)
+        return values
+
+    def save(
+        self,
+        G: Generator,
+        D: ProjectedDiscriminator,
+        G_ema: Generator,
+        cur_nimg: int,
+        values: dict[str, float],
+    ) -> None:
+        """Write network-snapshot.safetensors, and best_model.safetensors if the first metric improved."""
+        value = next(iter(values.values()), None)
+        names = ["network-snapshot.safetensors"]
+        if value is None or self.best_value is None or value < self.best_value:
+            self.best_value = value
+            names.append("best_model.safetensors")
+        info = {"cur_nimg": cur_nimg, "metrics": values}
+        for name in names:
+            path = self.run_dir / name
+            save_network(path, G_ema, G=G, D_state=D.trained_state_dict(), config=self.config, info=info)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""The three updates of a training iteration: generator_step, path_length_step, discriminator_step. Start reading here.
+
+Each accumulates gradients over micro-batches, averages them over processes and makes one optimizer step. A mean over
+the batch is the mean of the micro-batches' means, so `--batch-gpu` changes memory and speed, not the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import san
+from torch_utils.distributed import average_gradients_
+from torch_utils.stats import StatsCollector
+from training.config import TrainConfig
+from training.discriminator.projected import ProjectedDiscriminator
+from training.generator.generator import Generator
+from training.loss import ProjectedGANLoss, path_length_penalty
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one update sees: real images (N, 3, H, W) in [-1, 1], latents (N, z_dim), class ids (N,) or None."""
+
+    images: Tensor
+    labels: Tensor | None
+    z: Tensor
+    fake_labels: Tensor | None
+
+    def split(self, microbatch_size: int) -> list[Batch]:
+        """Consecutive parts of `microbatch_size` samples."""
+        parts = []
+        for start in range(0, len(self.z), microbatch_size):
+            part = slice(start, start + microbatch_size)
+            labels, fake_labels = (None if t is None else t[part] for t in (self.labels, self.fake_labels))
+            parts.append(Batch(self.images[part], labels, self.z[part], fake_labels))
+        return parts
+
+
+@dataclass
+class StepContext:
+    """What all steps share: configuration, loss, statistics, and the clock."""
+
+    config: TrainConfig
+    loss: ProjectedGANLoss
+    stats: StatsCollector
+    cur_nimg: int = 0  # real images seen before this iteration
+
+
+def generator_step(
+    G: Generator, D: ProjectedDiscriminator, optimizer: Optimizer, batch: Batch, context: StepContext
+) -> None:
+    """One update of G; D receives no gradient."""
+    optimizer.zero_grad(set_to_none=True)
+    microbatches = batch.split(context.config.microbatch_size)
+    for mb in microbatches:
+        fake_images = G.synthesis(mix_styles(G, mb, context.config.loss_terms.style_mixing_prob))
+        loss = context.loss.generator_loss(D, fake_images, mb.fake_labels, context.cur_nimg, context.stats)
+        (loss / len(microbatches)).backward()
+    apply_gradients(G, optimizer, context.stats)
+
+
+def path_length_step(G: Generator, optimizer: Optimizer, batch: Batch, pl_mean: Tensor, context: StepContext) -> Tensor:
+    """One update of G towards equal path lengths; returns the new running mean."""
+    terms = context.config.loss_terms
+    optimizer.zero_grad(set_to_none=True)
+    microbatches = batch.split(context.config.microbatch_size)
+    for mb in microbatches:
+        num_samples = max(len(mb.z) // terms.pl_batch_shrink, 1)
+        labels = None if mb.fake_labels is None else mb.fake_labels[:num_samples]
+        ws = G.mapping(mb.z[:num_samples], labels)
+        images = G.synthesis(ws)
+        noise = torch.randn_like(images) / (images.shape[2] * images.shape[3]) ** 0.5
+        penalty, pl_mean = path_length_penalty(images, ws, noise, pl_mean, terms.pl_decay)
+        loss = terms.pl_weight * penalty.mean()
+        context.stats.report("Loss/pl_penalty", penalty)
+        context.stats.report("Loss/G/reg", loss)
+        (loss / len(microbatches)).backward()
+    apply_gradients(G, optimizer, context.stats)
+    return pl_mean
+
+
+def discriminator_step(
+    G: Generator, D: ProjectedDiscriminator, optimizer: Optimizer, batch: Batch, context: StepContext
+) -> None:
+    """One update of D's heads; G receives no gradient, but its running mean of w moves.
+
+    Fake and real images pass D apart: its BatchNorm layers must not see them as one batch, or D wins at once.
+    """
+    D.set_trainable_(True)
+    optimizer.zero_grad(set_to_none=True)
+    microbatches = batch.split(context.config.microbatch_size)
+    for mb in microbatches:
+        with torch.no_grad():
+            ws = G.mapping(mb.z, mb.fake_labels, update_emas=True)
+            fake_images = G.synthesis(ws)
+        fake = context.loss.fake_loss(D, fake_images, mb.fake_labels, context.cur_nimg, context.stats)
+        (fake / len(microbatches)).backward()
+        real = context.loss.real_loss(D, mb.images, mb.labels, context.cur_nimg, context.stats)
+        (real / len(microbatches)).backward()
+        context.stats.report("Loss/D/loss", fake.detach() + real.detach())
+    D.set_trainable_(False)
+    apply_gradients(D, optimizer, context.stats)
+    san.normalize_directions_(D)
+
+
+def mix_styles(G: Generator, batch: Batch, probability: float) -> Tensor:
+    """Style vectors (N, num_ws, w_dim); with `probability`, layers after a random one take a second latent's style."""
+    ws = G.mapping(batch.z, batch.fake_labels)
+    if probability > 0 and torch.rand(()).item() < probability:
+        crossover = int(torch.randint(1, G.num_ws, ()).item())
+        other_ws = G.mapping(torch.randn_like(batch.z), batch.fake_labels)
+        ws = torch.cat([ws[:, :crossover], other_ws[:, crossover:]], dim=1)
+    return ws
+
+
+def apply_gradients(network: nn.Module, optimizer: Optimizer, stats: StatsCollector) -> None:
+    """Average gradients over processes and step, unless one is not finite: then skip the step and say which.
+
+    The official code turns NaN into 0 and goes on, which hides the fault: docs/fidelity.md#non-finite-gradients.
+    """
+    named = [(name, p) for name, p in network.named_parameters() if p.grad is not None]
+    average_gradients_(p for _, p in named)
+    is_finite = bool(torch.stack([p.grad.sum() for _, p in named]).isfinite().all())  # waits for the device
+    kind = type(network).__name__
+    stats.report(f"Gradients/{kind}/skipped_steps", float(not is_finite))
+    if is_finite:
+        optimizer.step()
+    else:
+        first = next((n for n, p in named if not p.grad.sum().isfinite()), "?")
+        print(f"Warning: {kind} got a gradient that is not finite (first: {first}); this step was skipped.")

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT
+"""Trainer: builds everything a run needs and holds the order of events. No arithmetic: see train_step.py."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from torch_utils import cpu
+from torch_utils.distributed import rank, world_size
+from torch_utils.ema import ema_beta, update_ema_
+from torch_utils.seeding import seed_everything
+from torch_utils.stats import StatsCollector
+from training.config import OptimizerConfig, TrainConfig, to_json
+from training.dataset import ImageDataset, InfiniteSampler, make_loader
+from training.discriminator.projected import ProjectedDiscriminator
+from training.generator.generator import Generator
+from training.initialization import set_class_embeddings_, start_from_network_
+from training.loss import GuidanceClassifier, ProjectedGANLoss
+from training.run_log import RunLog
+from training.snapshot import SampleGrid, Snapshots
+from training.train_step import Batch, StepContext, discriminator_step, generator_step, path_length_step
+
+
+@dataclass
+class TrainState:
+    """What moves during training besides weights and optimizers."""
+
+    cur_nimg: int = 0  # real images seen
+    cur_iteration: int = 0  # optimizer iterations done
+    cur_tick: int = 0  # progress reports made
+    pl_mean: Tensor = field(default_factory=lambda: torch.zeros(()))  # running mean of path lengths
+
+
+class Trainer:
+    """One training run. `fit` trains and returns the run folder."""
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device, run_dir: Path) -> None:
+        seed_everything(config.seed)
+        configure_backends(config, device)
+        self.config, self.dataset, self.device, self.run_dir = config, dataset, device, run_dir
+        self.log = RunLog(run_dir, config.total_kimg)
+        (run_dir / "training_options.json").write_text(to_json(config) + "\n", encoding="utf-8")
+
+        self.log.print(f"Building networks for {dataset.name} on {device} ...")
+        self.G = Generator(config.generator).to(device)
+        self.D = ProjectedDiscriminator(config.discriminator, head_kind=config.loss).to(device)
+        set_class_embeddings_(self.G, self.D, config, dataset, device)
+        if config.resume is not None:
+            self.log.print(start_from_network_(self.G, self.D, config.resume))
+        self.G_ema: Generator = copy.deepcopy(self.G).eval().requires_grad_(False)
+        self.G_optimizer = make_optimizer(self.G.parameters(), config.generator_optimizer)
+        self.D_optimizer = make_optimizer(self.D.trainable_parameters(), config.discriminator_optimizer)
+
+        guidance = GuidanceClassifier.pretrained().to(device) if config.loss_terms.cls_weight else None
+        self.stats = StatsCollector()
+        self.context = StepContext(config, ProjectedGANLoss(config, guidance), self.stats)
+        self.sampler = InfiniteSampler(len(dataset), seed=config.seed, rank=rank(), num_replicas=world_size())
+        self.local_batch_size = config.batch_size // world_size()
+        self.loader = make_loader(dataset, self.sampler, self.local_batch_size, config.data.num_workers, device)
+        self.labels = torch.as_tensor(dataset.labels) if dataset.c_dim else None
+        self.grid = SampleGrid(dataset, self.G.z_dim, device)
+        self.snapshots = Snapshots(config, run_dir, dataset, self.log, device)
+        self.state = TrainState(pl_mean=torch.zeros((), device=device))
+
+    def fit(self) -> Path:
+        """Train for config.total_kimg thousand images."""
+        self.start()
+        while not self.is_done():
+            self.iterate()
+            if self.is_tick_due():
+                self.tick()
+        self.log.close()
+        return self.run_dir
+
+    def start(self) -> None:
+        """Pictures and metrics before the first step."""
+        self.grid.save_reals(self.run_dir / "reals.png")
+        self.grid.save_fakes(self.run_dir / "fakes_init.png", self.G_ema)
+        if self.config.evaluate_at_start:
+            self.snapshots.evaluate(self.G_ema, cur_nimg=0, snapshot="initialisation")
+        self.tick_start_time, self.tick_start_nimg = time.time(), 0
+
+    def iterate(self) -> None:
+        """One training iteration: G, path length every few iterations, D, moving average."""
+        config, state, context = self.config, self.state, self.context
+        context.cur_nimg = state.cur_nimg
+        images, labels = next(self.loader)
+        real_images = images.to(torch.float32) / 127.5 - 1
+        generator_step(self.G, self.D, self.G_optimizer, self.draw_batch(real_images, labels), context)
+        if self.is_path_length_due():
+            batch = self.draw_batch(real_images, labels)
+            state.pl_mean = path_length_step(self.G, self.G_optimizer, batch, state.pl_mean, context)
+        discriminator_step(self.G, self.D, self.D_optimizer, self.draw_batch(real_images, labels), context)
+        beta = ema_beta(config.batch_size, state.cur_nimg, config.ema_halflife_kimg, config.ema_rampup)
+        update_ema_(self.G_ema, self.G, beta)
+        state.cur_nimg += config.batch_size
+        state.cur_iteration += 1
+        self.log.advance(config.batch_size)
+
+    def draw_batch(self, real_images: Tensor, labels: Tensor | None) -> Batch:
+        """The given real images with fresh latents and fresh labels drawn from the training set."""
+        num = self.local_batch_size
+        z = torch.randn(num, self.G.z_dim, device=self.device)
+        if self.labels is None:
+            return Batch(real_images, None, z, None)
+        fake_labels = self.labels[torch.randint(len(self.labels), (num,))].to(self.device)
+        return Batch(real_images, labels, z, fake_labels)
+
+    def tick(self) -> None:
+        """Report progress; at snapshots also write images, metrics and networks."""
+        state, config = self.state, self.config
+        self.report_progress()
+        if self.is_snapshot_due():
+            kimg = state.cur_nimg / 1000
+            name = f"fakes{state.cur_nimg // 1000:06d}.png"
+            self.grid.save_fakes(self.run_dir / name, self.G_ema)
+            values = self.snapshots.evaluate(self.G_ema, state.cur_nimg, "network-snapshot.safetensors")
+            self.snapshots.save(self.G, self.D, self.G_ema, state.cur_nimg, values)
+            self.log.print(f"Wrote {name} and network-snapshot.safetensors at {kimg:g} of {config.total_kimg:g} kimg")
+        state.cur_tick += 1
+        self.tick_start_time, self.tick_start_nimg = time.time(), state.cur_nimg
+
+    def report_progress(self) -> None:
+        """Write the statistics since the last tick and print one status line."""
+        state = self.state
+        elapsed = time.time() - self.log.start_time
+        tick_seconds = time.time() - self.tick_start_time
+        tick_kimg = max(state.cur_nimg - self.tick_start_nimg, 1) / 1000
+        progress = {
+            "Progress/tick": state.cur_tick,
+            "Progress/kimg": state.cur_nimg / 1000,
+            "Timing/total_sec": elapsed,
+            "Timing/sec_per_tick": tick_seconds,
+            "Timing/sec_per_kimg": tick_seconds / tick_kimg,
+            "Resources/cpu_mem_gb": psutil.Process().memory_info().rss / 2**30,
+        }
+        for name, value in progress.items():
+            self.stats.report(name, value)
+        stats = self.stats.flush()
+        self.log.write_stats(stats, state.cur_nimg)
+        means = {name: stats[name]["mean"] for name in ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real", "Loss/signs/fake")}
+        self.log.print(
+            f"tick {state.cur_tick:<4d} kimg {state.cur_nimg / 1000:<8.1f} time {elapsed:<7.0f} "
+            f"sec/kimg {tick_seconds / tick_kimg:<7.2f} G {means['Loss/G/loss']:<7.2f} D {means['Loss/D/loss']:<6.2f} "
+            f"signs real {means['Loss/signs/real']:<5.2f} fake {means['Loss/signs/fake']:<5.2f}"
+        )
+
+    def is_done(self) -> bool:
+        """True once total_kimg thousand images have been seen."""
+        return self.state.cur_nimg >= self.config.total_kimg * 1000
+
+    def is_tick_due(self) -> bool:
+        """True at the end, right after the first iteration, and every tick_kimg thousand images."""
+        first = self.state.cur_tick == 0
+        return self.is_done() or first or self.state.cur_nimg >= self.tick_start_nimg + self.config.tick_kimg * 1000
+
+    def is_snapshot_due(self) -> bool:
+        """True at the end and every snapshot_ticks ticks, but not at the first."""
+        every = self.config.snapshot_ticks
+        return self.is_done() or (every > 0 and self.state.cur_tick > 0 and self.state.cur_tick % every == 0)
+
+    def is_path_length_due(self) -> bool:
+        """True every reg_interval iterations once path length has started."""
+        terms, interval = self.config.loss_terms, self.config.generator_optimizer.reg_interval
+        started = terms.pl_weight > 0 and self.state.cur_nimg >= terms.pl_start_kimg * 1000
+        return started and interval > 0 and self.state.cur_iteration % interval == 0
+
+
+def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.Adam:
+    """Adam with the learning rate and betas corrected for lazy regularisation."""
+    lr, betas = config.adjusted()
+    parameters = list(parameters)
+    is_fused = parameters[0].device.type in ("cpu", "cuda")  # one pass over the weights instead of ten
+    return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=config.eps, fused=is_fused)
+
+
+def configure_backends(config: TrainConfig, device: torch.device) -> None:
+    """Process-wide switches for speed; float32 stays float32 (no TF32), as in the published runs."""
+    torch.backends.cudnn.benchmark = config.benchmark
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cpu":
+        cpu.tune_for_training()
