@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from torch_utils.errors import UserError
-from training.cli import run_training, train_options
+from training.cli import run_training
+from training.cli_options import train_options
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

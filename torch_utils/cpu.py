@@ -9,7 +9,11 @@ import sys
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values of glibc's malloc.h
-ONE_GIB = 1 << 30
+KEEP_BYTES = 1 << 30  # keep up to so much free memory at the top of the heap
+LARGEST_BLOCKS = (
+    1 << 30,
+    32 << 20,
+)  # blocks up to this size come from the heap; older glibc allows 32 MiB only
 
 
 def tune_for_training() -> None:
@@ -22,7 +26,7 @@ def tune_for_training() -> None:
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(M_MMAP_THRESHOLD, ONE_GIB)
-            libc.mallopt(M_TRIM_THRESHOLD, ONE_GIB)
+            libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
+            any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_BLOCKS)  # 1 = accepted
         except (OSError, AttributeError):  # musl and others: slower, not wrong
             pass

@@ -15,8 +15,8 @@ class FullyConnectedLayer(nn.Module):
     """Linear layer with equalised learning rate (Progressive GAN, arXiv:1710.10196, Section 4.1).
 
     x: `(N, in_features)` -> `(N, out_features)`. `weight` is `(out_features, in_features)`, drawn from
-    N(0, 1) * weight_init / lr_multiplier and scaled at run time by lr_multiplier / sqrt(in_features); `bias` likewise,
-    without the square root. Activations other than "linear" apply their default gain.
+    N(0, 1) * weight_init / lr_multiplier and scaled at run time by lr_multiplier / sqrt(in_features); `bias`
+    likewise, without the square root. Activations other than "linear" apply their default gain.
     """
 
     def __init__(

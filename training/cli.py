@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Flags of train.py: StyleGAN-XL's names and defaults, plus --loss, --preset and --device; flags -> TrainConfig.
+"""What train.py does with its flags: flags -> TrainConfig -> a run. The flags themselves are in cli_options.py.
 
 Flags that had no effect in StyleGAN-XL either work here or are refused with the reason.
 """
@@ -31,62 +31,6 @@ REFUSED_FLAGS = {
 }
 
 
-def _comma_list(_context: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    if value.lower() in ("", "none"):
-        return ()
-    return tuple(part.strip() for part in value.split(","))
-
-
-def train_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add every flag of train.py to a click command; an absent flag is None, so that presets show through."""
-    positive = click.IntRange(min=1)
-    options = [
-        click.option("--preset", type=click.Choice(sorted(PRESETS)), help="Named recipe to start from; other flags override it"),
-        click.option("--loss", type=click.Choice(["san", "gan"]), help="SAN or plain discriminator heads  [default: san]"),
-        click.option("--outdir", metavar="DIR", default="runs", show_default=True, help="Where to save the run folder"),
-        click.option("--cfg", type=click.Choice(["stylegan3-t", "stylegan3-r", "stylegan2", "fastgan"]), help="Base configuration [required without --preset]"),
-        click.option("--data", metavar="ZIP|DIR|digits", help="Training images [required without --preset]"),
-        click.option("--gpus", type=positive, help="Number of processes; this version trains in one  [default: 1]"),
-        click.option("--batch", type=positive, help="Images per optimizer step, all processes [required without --preset]"),
-        click.option("--cond", type=bool, metavar="BOOL", help="Train a class-conditional model on dataset.json's labels  [default: 0]"),
-        click.option("--mirror", type=bool, metavar="BOOL", help="Add left-right flipped images  [default: 0]"),
-        click.option("--resume", metavar="FILE", help="Start from the weights of this network file"),
-        click.option("--freezed", type=click.IntRange(min=0), help="Freeze the first layers of D (not in this version)"),
-        click.option("--batch-gpu", type=positive, help="Images per forward pass  [default: the whole batch]"),
-        click.option("--cbase", type=positive, help="Capacity multiplier of G  [default: 32768]"),
-        click.option("--cmax", type=positive, help="Most feature maps in G  [default: 512]"),
-        click.option("--glr", type=click.FloatRange(min=0), help="Learning rate of G  [default: 0.0025]"),
-        click.option("--dlr", type=click.FloatRange(min=0), help="Learning rate of D  [default: 0.002]"),
-        click.option("--map-depth", type=positive, help="Layers of the mapping network  [default: 2]"),
-        click.option("--desc", metavar="TEXT", help="Text to add to the run folder's name"),
-        click.option("--metrics", metavar="NAME,..|none", callback=_comma_list, help="Quality metrics  [default: fd_lite0]"),
-        click.option("--kimg", type=click.FloatRange(min=0, min_open=True), help="Length of training, thousands of images  [default: 25000]"),
-        click.option("--tick", type=click.FloatRange(min=0, min_open=True), help="Thousands of images between progress reports  [default: 4]"),
-        click.option("--snap", type=click.IntRange(min=0), help="Ticks between snapshots; 0 = at the end only  [default: 50]"),
-        click.option("--seed", type=click.IntRange(min=0), help="Random seed  [default: 0]"),
-        click.option("--fp32", type=bool, metavar="BOOL", help="float32 everywhere, also on CUDA  [default: 0]"),
-        click.option("--nobench", type=bool, metavar="BOOL", help="Do not let cuDNN time its kernels  [default: 0]"),
-        click.option("--workers", type=click.IntRange(min=0), help="Loader processes; 0 = none  [default: 3]"),
-        click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop; nothing is written"),
-        click.option("--restart_every", type=int, help="Stop after so many seconds (not in this version)"),
-        click.option("--stem", is_flag=True, default=None, help="Train a stem: what happens without --superres anyway"),
-        click.option("--syn_layers", type=positive, help="Layers of the synthesis network  [default: 14]"),
-        click.option("--superres", is_flag=True, default=None, help="Train a super-resolution stage (not in this version)"),
-        click.option("--path_stem", metavar="FILE", help="Stem of a super-resolution stage (not in this version)"),
-        click.option("--head_layers", type=positive, help="Layers of a super-resolution head (not in this version)"),
-        click.option("--cls_weight", type=click.FloatRange(min=0), help="Classifier guidance, as the paper counts it; needs the 1,000 ImageNet classes  [default: 0]"),
-        click.option("--up_factor", type=click.IntRange(min=2), help="Factor of a super-resolution stage (not in this version)"),
-        click.option("--embedding", metavar="data|random|FILE", help="Rows of the class embedding: class means of the training images, random, or a table  [default: data]"),
-        click.option("--official-bn", type=bool, metavar="BOOL", help="Repeat the official shift of the feature network's BatchNorm statistics  [default: 0; 1 in paper presets]"),
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where to train"),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def run_training(flags: dict[str, Any]) -> None:
     """Do what the flags ask. Raises UserError for whatever the user can fix, before anything is written."""
     check_refused(flags)
@@ -96,7 +40,9 @@ def run_training(flags: dict[str, Any]) -> None:
     if flags["dry_run"]:
         click.echo("Dry run: nothing was trained or written.")
         return
-    from training.training_loop import Trainer  # imports timm and friends: seconds that --dry-run need not wait
+    from training.training_loop import (
+        Trainer,
+    )  # imports timm and friends: seconds that --dry-run need not wait
 
     run_dir = create_run_dir(flags["outdir"], describe_run(flags, config, dataset))
     Trainer(config, dataset, device, run_dir).fit()
@@ -111,13 +57,19 @@ def check_refused(flags: dict[str, Any]) -> None:
     if (flags["gpus"] or 1) > 1:
         raise ConfigError(f"--gpus {flags['gpus']}: training on several GPUs {NOT_YET}; use --gpus 1")
     if flags["cfg"] in ("stylegan2", "fastgan"):
-        raise ConfigError(f"--cfg {flags['cfg']}: only the StyleGAN3 layers are here; use stylegan3-t or stylegan3-r")
+        raise ConfigError(
+            f"--cfg {flags['cfg']}: only the StyleGAN3 layers are here; use stylegan3-t or stylegan3-r"
+        )
     if flags["preset"] is None:
         missing = [f"--{name}" for name in ("cfg", "data", "batch") if flags[name] is None]
         if missing:
-            raise ConfigError(f"{', '.join(missing)} missing; give a value, or start from --preset quickstart")
+            raise ConfigError(
+                f"{', '.join(missing)} missing; give a value, or start from --preset quickstart"
+            )
     elif flags["cfg"] is not None:
-        raise ConfigError(f"--cfg {flags['cfg']} and --preset {flags['preset']} both choose the layers; give one of them")
+        raise ConfigError(
+            f"--cfg {flags['cfg']} and --preset {flags['preset']} both choose the layers; give one of them"
+        )
 
 
 def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
@@ -126,7 +78,9 @@ def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
     data = override(
         config.data, path=flags["data"], use_labels=flags["cond"], mirror=flags["mirror"], num_workers=flags["workers"], seed=flags["seed"]
     )  # fmt: skip
-    dataset = open_dataset(data.path, use_labels=data.use_labels, mirror=data.mirror, max_size=data.max_size, seed=data.seed)
+    dataset = open_dataset(
+        data.path, use_labels=data.use_labels, mirror=data.mirror, max_size=data.max_size, seed=data.seed
+    )
     config = adapt_to_data(replace(config, data=data), dataset)
     config = override_networks(config, flags)
     batch_size = flags["batch"] or config.batch_size
@@ -148,7 +102,9 @@ def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
     if flags["resume"] is not None:
         config = replace(config, ema_rampup=None)
     if config.loss_terms.cls_weight and dataset.c_dim != 1000:
-        raise ConfigError(f"--cls_weight needs the 1,000 ImageNet classes, {config.data.path} has {dataset.c_dim}")
+        raise ConfigError(
+            f"--cls_weight needs the 1,000 ImageNet classes, {config.data.path} has {dataset.c_dim}"
+        )
     for name in config.metrics:
         evaluate.check_metric(name)
     config.validate()
@@ -188,7 +144,9 @@ def adapt_to_data(config: TrainConfig, dataset: ImageDataset) -> TrainConfig:
 
 def override_networks(config: TrainConfig, flags: dict[str, Any]) -> TrainConfig:
     """Apply the flags that change the networks, their optimizers and the loss."""
-    channel_factor = 4 if config.generator.synthesis.use_radial_filters else 2  # StyleGAN-XL doubles, -r again
+    channel_factor = (
+        4 if config.generator.synthesis.use_radial_filters else 2
+    )  # StyleGAN-XL doubles, -r again
     synthesis = override(
         config.generator.synthesis,
         channel_base=flags["cbase"] and flags["cbase"] * channel_factor,
@@ -232,7 +190,10 @@ def summarize_run(run_dir: Path) -> str:
         ("images", f"{run_dir}/fakes_init.png ... {fakes[-1].name if fakes else ''} (real ones: reals.png)"),
         ("best network", f"{run_dir}/best_model.safetensors"),
         ("metrics", ", ".join(str(path) for path in sorted(run_dir.glob("metric-*.jsonl"))) or "none"),
-        ("statistics", f"{run_dir}/stats.jsonl, log.txt, training_options.json; tensorboard --logdir {run_dir}"),
+        (
+            "statistics",
+            f"{run_dir}/stats.jsonl, log.txt, training_options.json; tensorboard --logdir {run_dir}",
+        ),
         ("more images", f"python gen_images.py --network {run_dir}/best_model.safetensors --outdir out"),
     ]
     return "\nDone. Results:\n" + "\n".join(f"  {kind:<13} {where}" for kind, where in entries)

@@ -56,7 +56,9 @@ class SynthesisConfig:
     filter_size: int = 6  # taps of a low-pass filter per unit of the resampling factor
     lrelu_upsampling: int = 2  # oversampling inside the filtered leaky ReLU
     conv_clamp: float | None = 256.0  # bound on activations inside the filtered leaky ReLU; None = no bound
-    num_fp16_res: int = 4  # layers of the N highest sampling rates run in fp16 on CUDA; 0 = float32 everywhere
+    num_fp16_res: int = (
+        4  # layers of the N highest sampling rates run in fp16 on CUDA; 0 = float32 everywhere
+    )
     magnitude_ema_beta: float = 0.999  # decay of the running input magnitude, per update
 
 
@@ -74,10 +76,17 @@ class DiscriminatorConfig:
 
     img_resolution: int  # side of the images it sees, pixels
     c_dim: int = 0  # number of classes; 0 = unconditional
-    backbones: tuple[str, ...] = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0")  # timm names, in order
-    feature_resolution: int | None = 224  # images are resized to this side first (ViTs always 224); None = as they are
+    backbones: tuple[str, ...] = (
+        "deit_base_distilled_patch16_224",
+        "tf_efficientnet_lite0",
+    )  # timm names, in order
+    feature_resolution: int | None = (
+        224  # images are resized to this side first (ViTs always 224); None = as they are
+    )
     nominal_resolution: int = 256  # side that the heads' depth is planned for; the official code fixes 256
-    projected_channels: int = 64  # channels of the finest projected level; coarser levels have 1, 2, 4 times as many
+    projected_channels: int = (
+        64  # channels of the finest projected level; coarser levels have 1, 2, 4 times as many
+    )
     num_levels: int = 4  # feature levels that get a head, from the finest
     head_resolution: int = 8  # heads halve their (nominal) input until this side, then classify 4x4 patches
     max_head_channels: int = 512  # bound on the channels inside a head
@@ -85,7 +94,9 @@ class DiscriminatorConfig:
     num_class_embeddings: int = 1000  # rows of a conditional head's class table; at least c_dim
     embedding_dim: int = 320  # width of a row of that table in plain GAN heads; SAN heads use class_dim
     augment_policy: str = "color,translation,cutout"  # DiffAugment operations; empty = none
-    official_batchnorm_statistics: bool = False  # repeat the official construction-time shift of the CNN's statistics
+    official_batchnorm_statistics: bool = (
+        False  # repeat the official construction-time shift of the CNN's statistics
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +163,9 @@ class TrainConfig:
     metrics: tuple[str, ...] = ()  # names in metrics.evaluate; the first picks best_model
     evaluate_at_start: bool = False  # also compute the metrics before the first step
     ema_halflife_kimg: float  # half-life of G_ema's weights, thousands of images
-    ema_rampup: float | None = 0.05  # half-life is at most this fraction of the images seen; None = no ramp-up
+    ema_rampup: float | None = (
+        0.05  # half-life is at most this fraction of the images seen; None = no ramp-up
+    )
     seed: int = 0  # of weights, latents and augmentation
     resume: str | None = None  # network file to start from
     benchmark: bool = True  # let cuDNN pick kernels by timing them
@@ -161,7 +174,9 @@ class TrainConfig:
         """Raise ConfigError for values that contradict each other."""
         images_per_pass = self.microbatch_size * world_size
         if self.batch_size < 1 or self.microbatch_size < 1:
-            raise ConfigError(f"--batch {self.batch_size} and --batch-gpu {self.microbatch_size} must be at least 1")
+            raise ConfigError(
+                f"--batch {self.batch_size} and --batch-gpu {self.microbatch_size} must be at least 1"
+            )
         if self.batch_size % images_per_pass:
             raise ConfigError(
                 f"--batch {self.batch_size} is not a multiple of --batch-gpu x processes = "
@@ -184,7 +199,9 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
-        raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}"
+        )
     kwargs = {}
     for name, value in values.items():
         hint = hints[name]

@@ -19,7 +19,10 @@ from training.generator.generator import Generator
 from training.network_io import check_state, read_network
 
 EMBEDDING_NETWORK = "tf_efficientnet_lite0"  # the network behind the official table: 320 pooled channels
-EMBEDDING_RESOLUTION = 128  # side that images are resized to for class means; small sets would gain nothing from 224
+EMBEDDING_RESOLUTION = (
+    128  # side that images are resized to for class means; small sets would gain nothing from 224
+)
+STANDARDIZING_EPS = 1e-3  # features that do not vary between classes stay small instead of becoming noise
 MAX_IMAGES_PER_CLASS = 200  # enough for a mean; bounds the start-up time of large sets
 
 
@@ -39,9 +42,11 @@ def set_class_embeddings_(
 
 @torch.inference_mode()
 def class_mean_features(dataset: ImageDataset, device: torch.device) -> Tensor:
-    """Mean pooled EfficientNet-Lite0 features of every class, (c_dim, 320) float32 on the CPU.
+    """Mean pooled EfficientNet-Lite0 features of every class, standardised, (c_dim, 320) float32 on the CPU.
 
-    The official table was made so from ImageNet. A class without images gets the mean of the others.
+    The official table holds such means for ImageNet. Classes of a narrow set (digits, faces) have nearly equal means,
+    which the mapping network would take for one class: so each feature is shifted and scaled to mean 0 and variance 1
+    over classes. A class without images gets the mean of the others.
     """
     network = build_feature_network(EMBEDDING_NETWORK, pretrained=True).to(device)
     rows = torch.zeros(dataset.c_dim, network.channels[-1])
@@ -53,7 +58,7 @@ def class_mean_features(dataset: ImageDataset, device: torch.device) -> Tensor:
             features = network.pooled_features(images.to(device).float() / 127.5 - 1, EMBEDDING_RESOLUTION)
             rows[class_id], seen[class_id] = features.mean(dim=0).cpu(), True
     rows[~seen] = rows[seen].mean(dim=0)
-    return rows
+    return (rows - rows.mean(dim=0)) / (rows.std(dim=0, correction=0) + STANDARDIZING_EPS)
 
 
 def start_from_network_(G: Generator, D: ProjectedDiscriminator, path: str) -> str:
@@ -64,7 +69,9 @@ def start_from_network_(G: Generator, D: ProjectedDiscriminator, path: str) -> s
     """
     stored = read_network(path)
     if stored.generator_config != G.cfg:
-        raise UserError(f"--resume {path}: its generator was built with {_first_difference(stored.generator_config, G.cfg)}")
+        raise UserError(
+            f"--resume {path}: its generator was built with {_first_difference(stored.generator_config, G.cfg)}"
+        )
     check_state(G, stored.G_ema, stored.path)
     G.load_state_dict(stored.G_ema)
     if stored.D is None:

@@ -23,7 +23,9 @@ ADVERSARIAL_TERMS = {
     "san": (san.san_real_loss, san.san_fake_loss),
     "gan": (san.gan_real_loss, san.gan_fake_loss),
 }
-PAPER_GUIDANCE_MICROBATCH = 8  # published runs sum the adversarial loss over 8 images but average the guidance
+PAPER_GUIDANCE_MICROBATCH = (
+    8  # published runs sum the adversarial loss over 8 images but average the guidance
+)
 
 
 class ProjectedGANLoss:

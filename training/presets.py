@@ -113,7 +113,12 @@ def quickstart() -> TrainConfig:
         generator=GeneratorConfig(
             mapping=MappingConfig(z_dim=64, w_dim=128, c_dim=10, num_embeddings=10),
             synthesis=SynthesisConfig(
-                img_resolution=16, channel_base=1024, channel_max=32, num_layers=5, margin_size=3, num_fp16_res=0
+                img_resolution=16,
+                channel_base=1024,
+                channel_max=32,
+                num_layers=5,
+                margin_size=3,
+                num_fp16_res=0,
             ),
         ),
         discriminator=DiscriminatorConfig(

@@ -28,7 +28,9 @@ def create_run_dir(outdir: str, description: str) -> Path:
         run_dir = Path(outdir) / f"{max(numbers, default=-1) + 1:05d}-{safe}"
         run_dir.mkdir()
     except OSError as error:
-        raise UserError(f"--outdir {outdir}: cannot create a run folder ({error.strerror}); choose another") from error
+        raise UserError(
+            f"--outdir {outdir}: cannot create a run folder ({error.strerror}); choose another"
+        ) from error
     return run_dir
 
 
@@ -68,7 +70,9 @@ class RunLog:
                 self._events.add_scalar(name, moments["mean"], global_step=cur_nimg)
             self._events.flush()
 
-    def write_metric(self, name: str, results: dict[str, float], cur_nimg: int, snapshot: str, seconds: float) -> None:
+    def write_metric(
+        self, name: str, results: dict[str, float], cur_nimg: int, snapshot: str, seconds: float
+    ) -> None:
         """Append one line to metric-<name>.jsonl and the values to TensorBoard."""
         if not self._is_main:
             return

@@ -41,7 +41,9 @@ class SampleGrid:
 
     def save_fakes(self, path: Path, G_ema: Generator) -> None:
         """Write what G_ema makes of the grid's latents and labels."""
-        save_image_grid(torch.cat(list(self._generate(G_ema))), path, drange=(-1, 1), grid_size=self.grid_size)
+        save_image_grid(
+            torch.cat(list(self._generate(G_ema))), path, drange=(-1, 1), grid_size=self.grid_size
+        )
 
     @torch.inference_mode()
     def _generate(self, G_ema: Generator) -> Iterator[Tensor]:

@@ -64,7 +64,9 @@ def generator_step(
     apply_gradients(G, optimizer, context.stats)
 
 
-def path_length_step(G: Generator, optimizer: Optimizer, batch: Batch, pl_mean: Tensor, context: StepContext) -> Tensor:
+def path_length_step(
+    G: Generator, optimizer: Optimizer, batch: Batch, pl_mean: Tensor, context: StepContext
+) -> Tensor:
     """One update of G towards equal path lengths; returns the new running mean."""
     terms = context.config.loss_terms
     optimizer.zero_grad(set_to_none=True)

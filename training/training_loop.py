@@ -41,7 +41,9 @@ class TrainState:
 class Trainer:
     """One training run. `fit` trains and returns the run folder."""
 
-    def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device, run_dir: Path) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: ImageDataset, device: torch.device, run_dir: Path
+    ) -> None:
         seed_everything(config.seed)
         configure_backends(config, device)
         self.config, self.dataset, self.device, self.run_dir = config, dataset, device, run_dir
@@ -63,7 +65,9 @@ class Trainer:
         self.context = StepContext(config, ProjectedGANLoss(config, guidance), self.stats)
         self.sampler = InfiniteSampler(len(dataset), seed=config.seed, rank=rank(), num_replicas=world_size())
         self.local_batch_size = config.batch_size // world_size()
-        self.loader = make_loader(dataset, self.sampler, self.local_batch_size, config.data.num_workers, device)
+        self.loader = make_loader(
+            dataset, self.sampler, self.local_batch_size, config.data.num_workers, device
+        )
         self.labels = torch.as_tensor(dataset.labels) if dataset.c_dim else None
         self.grid = SampleGrid(dataset, self.G.z_dim, device)
         self.snapshots = Snapshots(config, run_dir, dataset, self.log, device)
@@ -123,7 +127,9 @@ class Trainer:
             self.grid.save_fakes(self.run_dir / name, self.G_ema)
             values = self.snapshots.evaluate(self.G_ema, state.cur_nimg, "network-snapshot.safetensors")
             self.snapshots.save(self.G, self.D, self.G_ema, state.cur_nimg, values)
-            self.log.print(f"Wrote {name} and network-snapshot.safetensors at {kimg:g} of {config.total_kimg:g} kimg")
+            self.log.print(
+                f"Wrote {name} and network-snapshot.safetensors at {kimg:g} of {config.total_kimg:g} kimg"
+            )
         state.cur_tick += 1
         self.tick_start_time, self.tick_start_nimg = time.time(), state.cur_nimg
 
@@ -145,7 +151,10 @@ class Trainer:
             self.stats.report(name, value)
         stats = self.stats.flush()
         self.log.write_stats(stats, state.cur_nimg)
-        means = {name: stats[name]["mean"] for name in ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real", "Loss/signs/fake")}
+        means = {
+            name: stats[name]["mean"]
+            for name in ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real", "Loss/signs/fake")
+        }
         self.log.print(
             f"tick {state.cur_tick:<4d} kimg {state.cur_nimg / 1000:<8.1f} time {elapsed:<7.0f} "
             f"sec/kimg {tick_seconds / tick_kimg:<7.2f} G {means['Loss/G/loss']:<7.2f} D {means['Loss/D/loss']:<6.2f} "
@@ -159,7 +168,11 @@ class Trainer:
     def is_tick_due(self) -> bool:
         """True at the end, right after the first iteration, and every tick_kimg thousand images."""
         first = self.state.cur_tick == 0
-        return self.is_done() or first or self.state.cur_nimg >= self.tick_start_nimg + self.config.tick_kimg * 1000
+        return (
+            self.is_done()
+            or first
+            or self.state.cur_nimg >= self.tick_start_nimg + self.config.tick_kimg * 1000
+        )
 
     def is_snapshot_due(self) -> bool:
         """True at the end and every snapshot_ticks ticks, but not at the first."""

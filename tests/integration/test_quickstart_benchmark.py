@@ -114,6 +114,21 @@ def test_logs_of_a_run(quickstart, tmp_path):
     assert quickstart.read_initial_fd(tmp_path) is None
 
 
+def test_training_is_started_and_its_folder_found(quickstart, tmp_path, monkeypatch):
+    (tmp_path / "00000-earlier").mkdir()
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        (tmp_path / "00001-quickstart").mkdir()
+
+    monkeypatch.setattr(quickstart.subprocess, "run", run)
+    run_dir, seconds = quickstart.train("quickstart", 7, tmp_path)
+    assert run_dir == tmp_path / "00001-quickstart" and seconds >= 0
+    expected = ["--loss", "san", "--preset", "quickstart", "--seed", "7", "--outdir", str(tmp_path)]
+    assert commands[0][2:] == expected and Path(commands[0][1]).name == "train.py"
+
+
 def test_an_untrained_network_fails(quickstart, tmp_path, monkeypatch):
     class MeanDetector:  # a stand-in: the real network would take seconds
         name, fingerprint = "mean", "1"

@@ -311,7 +311,7 @@ def test_pooled_features_of_real_weights():
 
 
 def test_unknown_backbone_names_the_nearest():
-    with pytest.raises(ConfigError, match="tf_efficientnet_lite.*did you mean 'tf_efficientnet_lite0'"):
+    with pytest.raises(ConfigError, match=r"tf_efficientnet_lite.*did you mean 'tf_efficientnet_lite0'"):
         build_feature_network("tf_efficientnet_lite00", pretrained=False)
 
 

@@ -60,10 +60,10 @@ def filled(salt: str, names: list) -> dict[str, torch.Tensor]:
 
 
 def our_name(name: str) -> str:
-    """main.0.main.1.weight, main.4.weight_orig, last_layer.scale, cls.weight_orig, embed.scale, embed_proj.bias -> ours."""
+    """main.0.main.1.weight, last_layer.scale, cls.weight_orig, embed.scale, embed_proj.bias, ... -> ours."""
     head, *rest = name.split(".")
     if head in ("main", "last_layer"):
-        return "trunk." + ".".join([rest[0], *rest[2:]]) if "main" in rest else f"last.{rest[-1]}"
+        return ".".join(["trunk", rest[0], *rest[2:]]) if "main" in rest else f"last.{rest[-1]}"
     return f"last.{'conv' if head == 'cls' else head}.{rest[-1]}"
 
 
@@ -226,5 +226,5 @@ def test_conditional_head_needs_labels():
 
 def test_class_table_must_hold_the_classes():
     cfg = DiscriminatorConfig(img_resolution=64, c_dim=11, num_class_embeddings=10)
-    with pytest.raises(ConfigError, match="num_class_embeddings=10.*c_dim=11"):
+    with pytest.raises(ConfigError, match=r"num_class_embeddings=10.*c_dim=11"):
         ProjectionHead(cfg, "san", 8, 8)

@@ -16,6 +16,7 @@ import torch
 import san
 from training.config import ConfigError, DiscriminatorConfig
 from training.discriminator.feature_network import CNNFeatures
+from training.discriminator.heads import ClassProjection
 from training.discriminator.projected import ProjectedDiscriminator
 
 DATA = Path(__file__).parents[1] / "data"
@@ -96,7 +97,7 @@ def our_name(name: str) -> str:
     return f"{prefix}.backbone.blocks.{stage}." + ".".join(rest[2:])
 
 
-def official_discriminator(kind: str, tag: str, names: list) -> ProjectedDiscriminator:
+def official_discriminator(kind: str, tag: str, names: list, is_folded: bool) -> ProjectedDiscriminator:
     _, conditional, res = tag.split("_")
     cfg = DiscriminatorConfig(
         img_resolution=int(res),
@@ -109,7 +110,8 @@ def official_discriminator(kind: str, tag: str, names: list) -> ProjectedDiscrim
     values = {our_name(name): value for name, value in filled(f"pub.{kind}.{tag}", names).items()}
     missing, unexpected = D.load_state_dict(values, strict=False)
     assert not unexpected and all("num_batches_tracked" in name for name in missing)
-    D.feature_networks[LITE0].fold_batchnorm_()
+    if is_folded:
+        D.feature_networks[LITE0].fold_batchnorm_()
     return D
 
 
@@ -122,18 +124,30 @@ def check_list(golden: dict, key: str, values: list[torch.Tensor], rtol: float, 
     assert len(values) == golden["n_list"]
     for i, value in enumerate(values):
         expected = golden[f"{key}_{i}"]
-        np.testing.assert_allclose(value.detach().numpy(), expected, rtol=rtol, atol=atol, err_msg=f"{key}_{i}")
+        np.testing.assert_allclose(
+            value.detach().numpy(), expected, rtol=rtol, atol=atol, err_msg=f"{key}_{i}"
+        )
+
+
+def load_case(kind: str, tag: str, is_folded: bool = True):
+    """(golden arrays of the case, discriminator, images, labels)."""
+    with np.load(DATA / f"d_discriminator_{kind}.npz") as data:
+        golden = {k.removeprefix(tag + "/"): data[k] for k in data.files if k.startswith(tag + "/")}
+    D = official_discriminator(kind, tag, json.loads(str(golden["names"])), is_folded)
+    res = int(tag.split("_")[2])
+    x = torch.from_numpy((-1 + 2 * generator(f"pub:{tag}.x").random((2, 3, res, res))).astype(np.float32))
+    return golden, D, x, torch.from_numpy(golden["class_ids"])
+
+
+def sampled(values: torch.Tensor, count: int) -> np.ndarray:
+    flat = values.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // count)][:count].numpy()
 
 
 @pytest.mark.parametrize("tag", ["PD_uncond_32", "PD_uncond_256", "PD_cond_32"])
 @pytest.mark.parametrize("kind", ["san", "gan"])
 def test_matches_official(kind, tag):
-    with np.load(DATA / f"d_discriminator_{kind}.npz") as data:
-        golden = {k.removeprefix(tag + "/"): data[k] for k in data.files if k.startswith(tag + "/")}
-    D = official_discriminator(kind, tag, json.loads(str(golden["names"])))
-    res = int(tag.split("_")[2])
-    x = torch.from_numpy((-1 + 2 * generator(f"pub:{tag}.x").random((2, 3, res, res))).astype(np.float32))
-    labels = torch.from_numpy(golden["class_ids"])
+    golden, D, x, labels = load_case(kind, tag)
     with torch.no_grad():
         logits = D.eval()(x, labels)
         assert list(logits) == [DEIT, LITE0]
@@ -144,13 +158,66 @@ def test_matches_official(kind, tag):
             check_list(golden, "train2_fun", flat_list(logits, "fun"), rtol=1e-3, atol=1e-4)
             check_list(golden, "train2_dir", flat_list(logits, "dir"), rtol=1e-3, atol=1e-4)
     x.requires_grad_()
-    loss = sum(-sample.mean() for sample in flat_list(D.eval()(x, labels), "fun"))
+    loss = generator_loss(D.eval()(x, labels))
     loss.backward()
     np.testing.assert_allclose(loss.item(), golden["eval_loss_g"], rtol=2e-4, atol=2e-4)
-    sub, largest = golden["eval_grad_x__sub"], golden["eval_grad_x__stats"][2]
-    flat = x.grad.reshape(-1)
-    sampled = flat[:: max(1, flat.numel() // len(sub))][: len(sub)]
-    np.testing.assert_allclose(sampled.numpy(), sub, rtol=1e-3, atol=1e-4 * min(1.0, largest))
+    # Of millions of activations, rounding carries a few across the corners of ReLU6 and leaky ReLU, where gradients
+    # jump. So most entries must meet the tolerance, and the slow test below shows that the others do but for that.
+    expected = golden["eval_grad_x__sub"]
+    error = sampled(x.grad, len(expected)) - expected
+    assert (np.abs(error) <= 1e-4 + 1e-3 * np.abs(expected)).mean() > 0.9
+    assert np.linalg.norm(error) < 5e-3 * np.linalg.norm(expected)
+
+
+def generator_loss(logits: dict[str, san.SANLogits]) -> torch.Tensor:
+    return sum(-sample.mean() for sample in flat_list(logits, "fun"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "tag"), [("gan", "PD_uncond_32"), ("san", "PD_cond_32")])
+def test_input_gradient_differs_at_corners_only(kind, tag):
+    """Flipping a few activations that lie within rounding of a corner gives the official gradient."""
+    golden, D, x, labels = load_case(kind, tag, is_folded=False)
+    expected = golden["eval_grad_x__sub"]
+    with torch.no_grad():
+        for _ in range(2 if kind == "san" else 1):
+            D.train()(x, labels)
+    activations = []
+
+    def record(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        output.retain_grad()
+        activations.append((module, inputs[0], output))
+
+    for module in D.eval().modules():
+        if isinstance(module, (torch.nn.LeakyReLU, torch.nn.ReLU6)):
+            module.inplace = False
+            module.register_forward_hook(record)
+    x.requires_grad_()
+    generator_loss(D(x, labels)).backward(retain_graph=True)
+    error = expected - sampled(x.grad, len(expected))
+    effects = [sampled(e, len(expected)) for act in activations for e in flip_effects(*act, x)]
+    flips = 0
+    while (np.abs(error) > 1e-4 * np.abs(expected).max() + 1e-3 * np.abs(expected)).any():
+        candidates = [error - effect for effect in effects]
+        best = min(candidates, key=np.linalg.norm)
+        assert np.linalg.norm(best) < 0.95 * np.linalg.norm(error), "no flip explains the rest"
+        error, flips = best, flips + 1
+    assert flips < 10
+
+
+def flip_effects(module: torch.nn.Module, before: torch.Tensor, after: torch.Tensor, x: torch.Tensor) -> list:
+    """Changes of x's gradient if one activation close to a corner were on the other side, for each such one."""
+    effects = []
+    flat, gradient = before.detach().reshape(-1), after.grad.reshape(-1)
+    is_leaky = isinstance(module, torch.nn.LeakyReLU)
+    for corner in (0.0,) if is_leaky else (0.0, 6.0):
+        near = (flat - corner).abs() < 1e-6 * flat.abs().max()
+        for index in near.nonzero().flatten().tolist():
+            is_open = flat[index] > 0 if is_leaky else 0 < flat[index] < 6
+            jump = (1 - module.negative_slope) if is_leaky else 1
+            (to_x,) = torch.autograd.grad(before.reshape(-1)[index], x, retain_graph=True)
+            effects.append(to_x * gradient[index] * (-jump if is_open else jump))
+    return effects
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +226,8 @@ def small() -> dict[str, ProjectedDiscriminator]:
     return {kind: ProjectedDiscriminator(SMALL, kind, pretrained=False) for kind in ("san", "gan")}
 
 
-@pytest.fixture(params=["san", "gan"])
-def D(small, request) -> ProjectedDiscriminator:
+@pytest.fixture(name="D", params=["san", "gan"])
+def small_discriminator(small, request) -> ProjectedDiscriminator:
     return copy.deepcopy(small[request.param])
 
 
@@ -196,7 +263,7 @@ def test_only_heads_have_a_mode(D):
 def test_evaluation_does_not_depend_on_the_batch(D):
     D.eval()
     together = D(IMAGES, LABELS)[LITE0].fun
-    apart = torch.cat([D(i, l)[LITE0].fun for i, l in zip(IMAGES.split(1), LABELS.split(1), strict=True)])
+    apart = torch.cat([D(IMAGES[i : i + 1], LABELS[i : i + 1])[LITE0].fun for i in range(len(IMAGES))])
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5)
 
 
@@ -209,14 +276,15 @@ def test_state_round_trip_without_the_backbone(D):
     D.train()(IMAGES, LABELS)  # moves statistics and power iterations, which must be saved too
     state = D.trained_state_dict()
     assert not any("backbone" in name for name in state)
-    other = ProjectedDiscriminator(SMALL, "san" if D.heads[LITE0][0].last.embed.__class__ is san.SANEmbedding else "gan", pretrained=False)
+    kind = "gan" if isinstance(D.heads[LITE0][0].last, ClassProjection) else "san"
+    other = ProjectedDiscriminator(SMALL, kind, pretrained=False)
     other.feature_networks = D.feature_networks
     other.load_trained_state_dict({name: value.clone() for name, value in state.items()})
     assert torch.equal(D.eval()(IMAGES, LABELS)[LITE0].fun, other.eval()(IMAGES, LABELS)[LITE0].fun)
 
 
 def test_random_vit_layers_are_saved():
-    cfg = replace(SMALL, backbones=(DEIT,), nominal_resolution=256, num_levels=1)
+    cfg = replace(SMALL, backbones=(DEIT,), nominal_resolution=256, head_resolution=8, num_levels=1)
     D = ProjectedDiscriminator(cfg, "san", pretrained=False)
     names = [name for name in D.trained_state_dict() if name.startswith("feature_networks.")]
     assert len(names) == 4 and all(".reassemble." in name for name in names)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Resampling of one image axis as a product with a banded matrix: up-sample, pad or crop, filter, down-sample.
+"""Resampling of an image axis as a product with a banded matrix: up-sample, pad or crop, filter, down-sample.
 
-Entry (o, i) of such a matrix is the filter tap that links input i to output o, and zero away from a diagonal band.
-Small matrices are multiplied whole: a dense product of this size runs at the processor's full speed. Large ones are cut
-into blocks along the band, so that the cost grows with the size of the image and not with its square.
+Entry (o, i) of such a matrix is the filter tap that links input i to output o, and zero away from a diagonal
+band. Small matrices are multiplied whole: a dense product of this size runs at the processor's full speed.
+Large ones are cut into blocks along the band, so that the cost grows with the size of the image and not with
+its square.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_DENSE_SIZE = 128  # larger matrices are cut into blocks
-BLOCK_ROWS = 48  # measured: smaller blocks start too many products, larger ones multiply too many zeros
+MAX_DENSE_SIZE = 64  # larger matrices are cut into blocks
+BLOCK_ROWS = 48  # fewer rows: more, smaller products to start; more rows: more zeros to multiply
 
 
 class BandedMatrix(NamedTuple):
@@ -39,12 +40,12 @@ class BandedMatrix(NamedTuple):
 
 def resampling_matrix(
     taps: Tensor, in_size: int, up: int, down: int, before: int, after: int
-) -> BandedMatrix | None:
-    """`(out_size, in_size)` matrix that up-samples, pads, correlates with `taps` `(num_taps,)` and down-samples.
+) -> BandedMatrix:
+    """`(out_size, in_size)` matrix that up-samples, pads, correlates with `taps` and down-samples.
 
-    Gathered from `taps` on every call, so it follows a filter that is moved, cast or loaded anew; that costs some ten
-    microseconds. Only the positions, which depend on sizes alone, are cached. Raises ValueError if the padded axis is
-    smaller than the filter.
+    Gathered from `taps` on every call, so it follows a filter that is moved, cast or loaded anew; that costs
+    some ten microseconds. Only the positions, which depend on sizes alone, are cached. Raises ValueError if
+    the padded axis is smaller than the filter.
     """
     num_taps = taps.shape[0]
     out_size = num_positions(in_size, up, down, before, after, num_taps)
@@ -57,8 +58,8 @@ def num_positions(in_size: int, up: int, down: int, before: int, after: int, num
     padded_size = in_size * up + before + after
     if padded_size < num_taps:
         raise ValueError(
-            f"image axis of {in_size} pixels x up {up} + padding {before} + {after} = {padded_size} is smaller "
-            f"than the filter's {num_taps} taps: increase the padding"
+            f"image axis of {in_size} pixels x up {up} + padding {before} + {after} = {padded_size} is "
+            f"smaller than the filter's {num_taps} taps: increase the padding"
         )
     return (padded_size - num_taps) // down + 1
 
@@ -89,7 +90,8 @@ def resample_maps(
     maps: Tensor, to_height: BandedMatrix, to_width: BandedMatrix, out: Tensor | None = None
 ) -> Tensor:
     """`resample` of `(n, H, W)` without a graph, into `out` if given."""
-    # Rows of all maps form one large product, columns need one product per map: do the latter on the smaller side.
+    # Rows of all maps form one large product, columns need one product per map: do the latter on the smaller
+    # side.
     if to_height.dense.shape[0] > to_height.dense.shape[1]:
         return _multiply_width(_multiply_height(maps, to_height), to_width, out)
     return _multiply_height(_multiply_width(maps, to_width), to_height, out)
@@ -136,8 +138,7 @@ def _tap_index(
     num_taps: int, in_size: int, out_size: int, up: int, down: int, before: int, device: torch.device
 ) -> Tensor:
     """Which tap links input i to output o; `num_taps`, where `resampling_matrix` puts a zero, for none."""
-    with torch.inference_mode(False):  # an inference tensor in the cache would poison later training
-        inputs = torch.arange(in_size, device=device) * up + before
-        outputs = torch.arange(out_size, device=device) * down
-        index = inputs[None, :] - outputs[:, None]
-        return index.masked_fill_((index < 0) | (index >= num_taps), num_taps)
+    inputs = torch.arange(in_size, device=device) * up + before
+    outputs = torch.arange(out_size, device=device) * down
+    index = inputs[None, :] - outputs[:, None]
+    return index.masked_fill_((index < 0) | (index >= num_taps), num_taps)

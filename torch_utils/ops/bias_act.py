@@ -52,7 +52,8 @@ def bias_act(
     """`clamp(gain * act(x + b), -clamp, clamp)`, same shape and dtype as `x`.
 
     `b` has shape `(x.shape[dim],)`. None means: no bias, the activation's own alpha and gain, no clamp.
-    Twice differentiable. Raises ValueError for an unknown `act`, a bias that does not fit, or a negative clamp.
+    Twice differentiable. Raises ValueError for an unknown `act`, a bias that does not fit, or a negative
+    clamp.
     """
     activation = get_activation(act)
     if clamp is not None and clamp < 0:

@@ -28,9 +28,10 @@ def conv2d_resample(
 ) -> Tensor:
     """Up-sample by `up` with low-pass `f`, convolve with `w`, down-sample by `down` with `f`.
 
-    x: `(N, I, H, W)`; w: `(O, I / groups, kh, kw)`; `f` as from `setup_filter`. `padding` counts up-sampled pixels and is
-    applied once, at the start. `flip_weight=True` correlates, as torch does; False convolves. Twice differentiable.
-    Raises ValueError for factors that are not positive integers or shapes that do not fit.
+    x: `(N, I, H, W)`; w: `(O, I / groups, kh, kw)`; `f` as from `setup_filter`. `padding` counts up-sampled
+    pixels and is applied once, at the start. `flip_weight=True` correlates, as torch does; False convolves.
+    Twice differentiable. Raises ValueError for factors that are not positive integers or shapes that do not
+    fit.
     """
     _check_arguments(x, w, up, down, groups)
     padding = list(parse_padding(padding))
@@ -40,7 +41,8 @@ def conv2d_resample(
     if up > 1:
         return _conv_after_upsampling(x, weight, f, up, down, padding, groups, flip_filter)
     if down > 1:
-        # A 1x1 convolution commutes with dropping samples, so it may run after it; a larger one drops them itself.
+        # A 1x1 convolution commutes with dropping samples, so it may run after it; a larger one drops them
+        # itself.
         is_pointwise = w.shape[2:] == (1, 1)
         filter_down, conv_down = (down, 1) if is_pointwise else (1, down)
         x = upfirdn2d(x, f, down=filter_down, padding=padding, flip_filter=flip_filter)
@@ -74,10 +76,10 @@ def _conv_after_upsampling(
 def _transposed_conv2d(
     x: Tensor, weight: Tensor, up: int, padding: list[int], groups: int
 ) -> tuple[Tensor, list[int]]:
-    """Correlate the zero-inserted `x` with `weight` over every partial overlap; also the padding still to be applied.
+    """Correlate the zero-inserted `x` with `weight` over every partial overlap; also the padding left.
 
-    That padding is smaller, usually negative: the result already extends kernel - 1 pixels beyond the image, except that
-    the zeros after the last sample are missing.
+    That padding is smaller, usually negative: the result already extends kernel - 1 pixels beyond the image,
+    except that the zeros after the last sample are missing.
     """
     out_channels, _, kh, kw = weight.shape
     weight = weight.unflatten(0, (groups, out_channels // groups)).transpose(1, 2).flatten(0, 1).flip([2, 3])

@@ -54,7 +54,7 @@ def _radial_jinc(numtaps: int, cutoff: float, width: float, fs: float) -> np.nda
 
 
 def _kaiser_window(numtaps: int, width: float, fs: float) -> np.ndarray:
-    """Kaiser window whose transition band is `width`: Kaiser's empirical formulas for attenuation and beta."""
+    """Kaiser window whose transition band is `width`, by Kaiser's formulas for attenuation and beta."""
     attenuation_db = 2.285 * (numtaps - 1) * np.pi * width / (fs / 2) + 7.95
     if attenuation_db > 50:
         beta = 0.1102 * (attenuation_db - 8.7)

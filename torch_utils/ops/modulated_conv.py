@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Weight-modulated convolution (StyleGAN2, arXiv:1912.04958, Section 2.2; normalisation as in StyleGAN3).
 
-Scaling the input channels of the weight is scaling the channels of the input, and demodulation scales the channels
-of the output. So one ordinary convolution with a shared weight replaces one weight tensor per sample.
+Scaling the input channels of the weight is scaling the channels of the input, and demodulation scales the
+channels of the output. So one ordinary convolution with a shared weight replaces one weight tensor per
+sample.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ def modulated_conv2d(
 ) -> Tensor:
     """Convolve (correlate) each sample with `w` scaled by its style: `(N, O, H', W')` in the dtype of `x`.
 
-    x: `(N, I, H, W)`; w: `(O, I, kh, kw)`; s: `(N, I)`; padding: int or [height, width]; input_gain: scalar, `(I,)`
-    or `(N, I)`, applied after demodulation. The scales are computed in the dtype of `w`. With `demodulate`, `s` is
-    first normalised over the whole tensor, which couples the samples of a batch through the added 1e-8 only.
+    x: `(N, I, H, W)`; w: `(O, I, kh, kw)`; s: `(N, I)`; padding: int or [height, width]; input_gain: scalar,
+    `(I,)` or `(N, I)`, applied after demodulation. The scales are computed in the dtype of `w`. With
+    `demodulate`, `s` is first normalised over the whole tensor, which couples the samples of a batch through
+    the added 1e-8 only.
     """
     _check_shapes(x, w, s)
     if demodulate:

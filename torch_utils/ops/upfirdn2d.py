@@ -9,11 +9,12 @@ two-dimensional go through a strided, or transposed, depthwise convolution inste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from torch_utils.ops.banded import BandedMatrix, num_positions, resample, resampling_matrix
 
 Factor = int | Sequence[int]  # one number, or [x, y]
 Padding = int | Sequence[int]  # one number, [x, y] or [x0, x1, y0, y1]; negative numbers crop
@@ -64,9 +65,10 @@ def upfirdn2d(
 ) -> Tensor:
     """Insert `up - 1` zeros after each sample, pad, convolve with `f`, keep every `down`-th sample.
 
-    x: `(N, C, H, W)` -> `(N, C, H', W')`, same dtype, H' = (H * up + y0 + y1 - taps) // down + 1. `padding` counts
-    up-sampled pixels. `flip_filter` correlates instead of convolving. `gain` scales the result. Twice differentiable.
-    Raises ValueError when `x` or `f` has the wrong number of dimensions or the padded image is smaller than `f`.
+    x: `(N, C, H, W)` -> `(N, C, H', W')`, same dtype, H' = (H * up + y0 + y1 - taps) // down + 1. `padding`
+    counts up-sampled pixels. `flip_filter` correlates instead of convolving. `gain` scales the result. Twice
+    differentiable. Raises ValueError when `x` or `f` has the wrong number of dimensions or the padded image
+    is smaller than `f`.
     """
     if x.ndim != 4:
         raise ValueError(f"images of shape {tuple(x.shape)}: need (N, C, H, W)")
@@ -74,18 +76,15 @@ def upfirdn2d(
     up_x, up_y = parse_factor(up)
     down_x, down_y = parse_factor(down)
     x0, x1, y0, y1 = parse_padding(padding)
+    num_positions(x.shape[3], up_x, down_x, x0, x1, taps_x)
+    num_positions(x.shape[2], up_y, down_y, y0, y1, taps_y)
+    if f is None and up_x == up_y == 1:
+        x = F.pad(x, (x0, x1, y0, y1))[:, :, ::down_y, ::down_x]
+        return x if gain == 1 else x * gain
     if f is None or f.ndim == 1:
-        taps = _correlation_taps(f, gain, flip_filter, x)
-        to_width = resampling_matrix(taps, x.shape[3], up_x, down_x, x0, x1)
-        to_height = resampling_matrix(taps, x.shape[2], up_y, down_y, y0, y1)
-        return resample_axes(x, to_height, to_width)
-    for size, factor, before, after, taps in (
-        (x.shape[3], up_x, x0, x1, taps_x),
-        (x.shape[2], up_y, y0, y1, taps_y),
-    ):
-        _check_padded_size(size, factor, before, after, taps)
-    kernel = (f if flip_filter else f.flip([0, 1])).to(x.dtype) * gain
-    return _resample_2d(x, kernel, (up_y, up_x), (down_y, down_x), (x0, x1, y0, y1))
+        return resample(x, *axis_matrices(x, f, up, down, padding, flip_filter, gain))
+    kernel = f.detach() if flip_filter else f.detach().flip([0, 1])
+    return _resample_2d(x, (kernel * gain).to(x.dtype), (up_y, up_x), (down_y, down_x), (x0, x1, y0, y1))
 
 
 def filter2d(
@@ -177,58 +176,29 @@ def parse_padding(padding: Padding) -> tuple[int, int, int, int]:
     return x0, x1, y0, y1
 
 
-def resampling_matrix(taps: Tensor, in_size: int, up: int, down: int, before: int, after: int) -> Tensor:
-    """`(out_size, in_size)` matrix that up-samples, pads, correlates with `taps` and down-samples one axis.
+def axis_matrices(
+    x: Tensor,
+    f: Tensor | None,
+    up: Factor,
+    down: Factor,
+    padding: Padding,
+    flip_filter: bool,
+    gain: float,
+    size: Sequence[int] | None = None,
+) -> tuple[BandedMatrix, BandedMatrix]:
+    """(to_height, to_width) that do what `upfirdn2d` does with a separable `f`; for `banded.resample`.
 
-    Gathered from `taps` on every call, so it follows a filter that is moved, cast or loaded anew; that costs
-    some ten microseconds. Only the positions, which depend on sizes alone, are cached.
+    For images of `size` (height, width), by default that of `x`; device and dtype are those of `x`.
     """
-    num_taps = taps.shape[0]
-    out_size = _check_padded_size(in_size, up, before, after, num_taps) // down + 1
-    index = _tap_index(num_taps, in_size, out_size, up, down, before, taps.device)
-    return F.pad(taps, [0, 1])[index]
-
-
-def resample_axes(x: Tensor, to_height: Tensor, to_width: Tensor) -> Tensor:
-    """`to_height @ x @ to_width.T` for each map of `x`, `(N, C, H, W)`."""
-    maps = x.flatten(0, 1)  # (N * C, H, W)
-    if (
-        to_height.shape[0] > to_height.shape[1]
-    ):  # the batched product is the slower one: do it on the smaller maps
-        maps = torch.bmm(to_height.expand(maps.shape[0], -1, -1), maps) @ to_width.t()
-    else:
-        maps = torch.bmm(to_height.expand(maps.shape[0], -1, -1), maps @ to_width.t())
-    return maps.unflatten(0, x.shape[:2])
-
-
-@lru_cache(maxsize=512)
-def _tap_index(
-    num_taps: int, in_size: int, out_size: int, up: int, down: int, before: int, device: torch.device
-) -> Tensor:
-    """Which tap links input i to output o; `num_taps`, where `resampling_matrix` puts a zero, for none."""
-    with torch.inference_mode(False):  # an inference tensor in the cache would poison later training
-        inputs = torch.arange(in_size, device=device) * up + before
-        outputs = torch.arange(out_size, device=device) * down
-        index = inputs[None, :] - outputs[:, None]
-        return index.masked_fill_((index < 0) | (index >= num_taps), num_taps)
-
-
-def _check_padded_size(in_size: int, up: int, before: int, after: int, num_taps: int) -> int:
-    """Number of further positions the filter can slide to; ValueError when it does not fit at all."""
-    padded_size = in_size * up + before + after
-    if padded_size < num_taps:
-        raise ValueError(
-            f"image axis of {in_size} x up {up} + padding ({before}, {after}) = {padded_size} is smaller than the "
-            f"filter's {num_taps} taps: increase the padding"
-        )
-    return padded_size - num_taps
-
-
-def _correlation_taps(f: Tensor | None, gain: float, flip_filter: bool, x: Tensor) -> Tensor:
-    """Taps of one axis in the order in which they meet the samples, with the axis' share of the gain."""
-    if f is None:
-        return torch.full([1], gain**0.5, dtype=x.dtype, device=x.device)
-    return ((f if flip_filter else f.flip(0)) * gain**0.5).to(x.dtype)
+    height, width = x.shape[2:] if size is None else size
+    up_x, up_y = parse_factor(up)
+    down_x, down_y = parse_factor(down)
+    x0, x1, y0, y1 = parse_padding(padding)
+    taps = torch.ones([1], device=x.device) if f is None else f.detach()
+    taps = taps if flip_filter else taps.flip(0)  # torch and our matrices correlate
+    to_height = resampling_matrix(taps.to(x.dtype), height, up_y, down_y, y0, y1)
+    to_width = resampling_matrix((taps * gain).to(x.dtype), width, up_x, down_x, x0, x1)
+    return to_height, to_width
 
 
 def _resample_2d(
@@ -238,7 +208,7 @@ def _resample_2d(
     down: tuple[int, int],
     padding: tuple[int, int, int, int],
 ) -> Tensor:
-    """Correlate with a `(taps_y, taps_x)` kernel; `up` and `down` are (y, x) here, as in torch's convolutions."""
+    """Correlate with a `(taps_y, taps_x)` kernel; `up` and `down` are (y, x), as in torch's convolutions."""
     num_channels = x.shape[1]
     x0, x1, y0, y1 = padding
     taps_y, taps_x = kernel.shape
@@ -246,6 +216,7 @@ def _resample_2d(
     if up == (1, 1):
         return F.conv2d(F.pad(x, [x0, x1, y0, y1]), weight, stride=down, groups=num_channels)
     x = F.conv_transpose2d(x, weight.flip([2, 3]), stride=up, groups=num_channels)
-    # The transposed convolution starts at the first partial overlap and ends at the last sample (no zeros after it).
+    # The transposed convolution starts at the first partial overlap and ends at the last sample (no zeros
+    # after it).
     x = F.pad(x, [x0 - taps_x + 1, x1 - taps_x + up[1], y0 - taps_y + 1, y1 - taps_y + up[0]])
     return x[:, :, :: down[0], :: down[1]]

@@ -58,7 +58,7 @@ class FeatureNetwork(nn.Module):
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> FeatureNetwork:
-        """Stays in evaluation mode whatever `mode` is: nothing in a frozen network may depend on the batch."""
+        """Stays in evaluation mode whatever `mode` is: nothing frozen may depend on the batch."""
         return super().train(False)
 
 
@@ -102,7 +102,7 @@ class CNNFeatures(FeatureNetwork):
 
     @torch.no_grad()
     def shift_statistics_(self) -> None:
-        """Move all BatchNorm statistics a tenth of the way towards those of a black-is-zero probe image.
+        """Move all BatchNorm statistics a tenth of the way towards those of an image of zeros.
 
         The official code runs one zero image through the fresh network, in training mode, to learn channel
         counts; the published models were trained with the statistics that this leaves behind, which changes
@@ -116,7 +116,7 @@ class CNNFeatures(FeatureNetwork):
     def fold_batchnorm_(self) -> None:
         """Merge every BatchNorm into the convolution before it; the features stay the same up to rounding.
 
-        Saves about a third of the time on a CPU. Call after the weights are loaded: the layout changes.
+        Halves the time on a CPU. Call after the weights are loaded: the layout changes.
         Only EfficientNets are known to be fit for it; other networks stay as they are.
         """
         if isinstance(self.backbone, EfficientNetFeatures):
@@ -175,7 +175,7 @@ class ViTFeatures(FeatureNetwork):
         return taps
 
     def position_embedding(self, height: int, width: int) -> Tensor:
-        """Position embedding (1, prefix + height * width, token width), resized bilinearly to another grid."""
+        """Position embedding (1, prefix + height * width, token width), resized bilinearly to a grid."""
         num_prefix = self.backbone.num_prefix_tokens
         prefix, patches = self.backbone.pos_embed.tensor_split([num_prefix], dim=1)
         side = int(patches.shape[1] ** 0.5)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Convolutions that are never trained, rearranged for speed: BatchNorm and activation folded in, padding for
-free.
+"""Convolutions that are never trained, rearranged for speed: BatchNorm and activation folded in.
 
-Every rewrite here is exact up to rounding; only images get gradients. Measured on two AVX2 cores,
-EfficientNet-Lite0 at 64x64 needs about two thirds of timm's time, forward and backward.
+Every rewrite is exact up to rounding; gradients flow to the images only. On one AVX2 core, EfficientNet-Lite0
+takes about half of timm's time on 64x64 images and a fifth on 32x32 ones, forward and backward.
 """
 
 from __future__ import annotations
@@ -45,7 +44,8 @@ class FrozenConv2d(nn.Module):
         if self.is_pointwise and height * width <= MAX_MATMUL_PIXELS:
             out = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
             return self.activation(out).permute(0, 3, 1, 2)
-        if self.is_depthwise and height == width == 1:  # only the kernel's centre meets the pixel
+        if self.is_depthwise and height == width == 1:
+            # Only the kernel's centre meets the pixel, and oneDNN's convolution may take 100 times longer.
             centre = self.weight[:, 0, self.kernel_size // 2, self.kernel_size // 2]
             return self.activation(x * centre.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1))
         weight = self.weight
@@ -64,7 +64,7 @@ def fold_batchnorm_(network: nn.Module, same_padding_type: type[nn.Conv2d]) -> N
     """Replace every convolution followed by a BatchNorm by one `FrozenConv2d`, in place.
 
     same_padding_type: the class of convolutions that pad as TensorFlow's SAME. "Followed" is judged by the
-    order of registration, as in timm's EfficientNets. Pairs that `FrozenConv2d` does not cover stay as they are.
+    order of registration, as in timm's EfficientNets. Pairs that `FrozenConv2d` does not cover stay.
     """
     for parent in list(network.modules()):
         children = list(parent.named_children())

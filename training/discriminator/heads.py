@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Trained heads of the projected discriminator: one projected feature map to patch logits (StyleGAN-XL, SAN).
 
-All heads share a trunk of spectrally normalised, strided convolutions and differ in the last layer: SAN
-(arXiv:2301.12811) or plain, conditional (projection discriminator, arXiv:1802.05637) or not. They return
-SANLogits.
+All share a trunk of spectrally normalised, strided convolutions and differ in the last layer: SAN
+(arXiv:2301.12811) or plain, conditional (projection discriminator, arXiv:1802.05637) or not.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class SpectralNormConv2d(nn.Module):
         return F.conv2d(x, self.normalized_weight(), self.bias, self.stride, self.padding)
 
     def normalized_weight(self) -> Tensor:
-        """weight_orig / sigma, with u and v constant to autograd; in training mode they take one step first."""
+        """weight_orig / sigma; in training mode after a power iteration. u and v are constant to autograd."""
         matrix = self.weight_orig.flatten(1)
         with torch.no_grad():
             if self.training:
@@ -73,10 +72,10 @@ class SpectralNormConv2d(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Patch logits of one projected feature map: (N, C, H, W), int64 labels (N,) or None -> SANLogits (N, K).
+    """Patch logits of a projected feature map: (N, C, H, W), int64 labels (N,) or None -> SANLogits (N, K).
 
     Strided blocks halve the map until its nominal side is `head_resolution`; a 4x4 convolution without
-    padding then yields one logit per position. `start_resolution` is the nominal side of the input, which plans
+    padding then yields one logit per position. `start_resolution` is the nominal side of the input: it plans
     the depth and is not always the true one. Unconditional heads ignore the labels.
     """
 

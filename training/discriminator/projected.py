@@ -135,8 +135,12 @@ class ProjectedDiscriminator(nn.Module):
     # What is saved.
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """Everything but the pretrained backbones: heads with their buffers, and all random frozen layers."""
-        return {name: value for name, value in self.state_dict().items() if not _is_backbone(name)}
+        """Everything but the pretrained backbones: heads with their buffers, and all random frozen layers.
+
+        The tensors are contiguous, as file formats require; most share memory with the module.
+        """
+        state = self.state_dict()
+        return {name: value.contiguous() for name, value in state.items() if not _is_backbone(name)}
 
     def load_trained_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `trained_state_dict` gave. Raises ConfigError unless names and shapes agree."""
@@ -188,7 +192,8 @@ def _check_sizes(name: str, resolution: int, sizes: tuple[int, ...], heads: nn.M
         if finer != 2 * coarser:
             raise ConfigError(
                 f"{name} on {resolution}x{resolution} images has levels {level} and {level + 1} of sides "
-                f"{finer} and {coarser}, not 2:1; set feature_resolution to a multiple of {4 * 2 ** (len(sizes) - 1)}"
+                f"{finer} and {coarser}, not 2:1; set feature_resolution to a multiple of "
+                f"{4 * 2 ** (len(sizes) - 1)}"
             )
     for level, (size, head) in enumerate(zip(sizes, heads, strict=True)):
         if head.final_size(2 * size) < 1:

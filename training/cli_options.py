@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""Flags of train.py: StyleGAN-XL's names and meanings, plus --loss, --preset, --device and a few more.
+
+An absent flag is None, so that the preset's value shows through; the defaults in the help texts are those of
+`presets.stylegan_xl`, which `--cfg` starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from training.presets import PRESETS
+
+POSITIVE = click.IntRange(min=1)
+NOT_NEGATIVE = click.IntRange(min=0)
+POSITIVE_REAL = click.FloatRange(min=0, min_open=True)
+BOOL = {"type": bool, "metavar": "BOOL"}
+
+
+def parse_names(
+    _context: click.Context, _param: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    """Names separated by commas; "none" is no name; an absent flag stays None."""
+    if value is None:
+        return None
+    return tuple(part.strip() for part in value.split(",") if part.strip() and part.lower() != "none")
+
+
+def choice(*names: str) -> click.Choice:
+    """One of the given words."""
+    return click.Choice(names)
+
+
+GENERAL = [
+    click.option("--preset", type=choice(*sorted(PRESETS)), help="Named recipe; other flags override it"),
+    click.option("--loss", type=choice("san", "gan"), help="SAN or plain GAN discriminator  [default: san]"),
+    click.option("--outdir", metavar="DIR", default="runs", show_default=True, help="Where run folders go"),
+    click.option("--data", metavar="ZIP|DIR|digits", help="Training images [required without --preset]"),
+    click.option("--device", type=choice("auto", "cpu", "cuda", "mps"), default="auto", show_default=True,
+                 help="Where to train"),
+    click.option("--cfg", type=choice("stylegan3-t", "stylegan3-r", "stylegan2", "fastgan"),
+                 help="Base configuration [required without --preset]"),
+    click.option("--gpus", type=POSITIVE, help="Number of processes; this version trains in one  [default: 1]"),
+    click.option("--batch", type=POSITIVE, help="Images per optimizer step [required without --preset]"),
+    click.option("--batch-gpu", type=POSITIVE, help="Images per forward pass  [default: the whole batch]"),
+    click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop; nothing is written"),
+]  # fmt: skip
+DATA = [
+    click.option("--cond", **BOOL, help="Condition on the class labels of dataset.json  [default: 0]"),
+    click.option("--mirror", **BOOL, help="Add left-right flipped images  [default: 0]"),
+    click.option("--workers", type=NOT_NEGATIVE, help="Processes that load images; 0 = none  [default: 3]"),
+    click.option("--embedding", metavar="data|random|FILE",
+                 help="Class embedding rows: means of the training images' features, random, or a table"
+                 "  [default: data]"),
+]  # fmt: skip
+NETWORKS = [
+    click.option("--resume", metavar="FILE", help="Start from the weights of this network file"),
+    click.option("--cbase", type=POSITIVE, help="Capacity multiplier of G  [default: 32768]"),
+    click.option("--cmax", type=POSITIVE, help="Most feature maps in G  [default: 512]"),
+    click.option("--map-depth", type=POSITIVE, help="Layers of the mapping network  [default: 2]"),
+    click.option("--syn_layers", type=POSITIVE, help="Layers of the synthesis network  [default: 14]"),
+    click.option("--fp32", **BOOL, help="float32 everywhere, also on CUDA  [default: 0]"),
+    click.option("--official-bn", **BOOL,
+                 help="Repeat the official shift of the feature network's BatchNorm statistics"
+                 "  [default: 0; 1 in paper presets]"),
+]  # fmt: skip
+SCHEDULE = [
+    click.option("--glr", type=POSITIVE_REAL, help="Learning rate of G  [default: 0.0025]"),
+    click.option("--dlr", type=POSITIVE_REAL, help="Learning rate of D  [default: 0.002]"),
+    click.option("--cls_weight", type=click.FloatRange(min=0),
+                 help="Classifier guidance as the paper counts it; needs the ImageNet classes  [default: 0]"),
+    click.option("--kimg", type=POSITIVE_REAL, help="Length of training, thousands of images  [default: 25000]"),
+    click.option("--tick", type=POSITIVE_REAL, help="Thousands of images per progress report  [default: 4]"),
+    click.option("--snap", type=NOT_NEGATIVE, help="Ticks per snapshot; 0 = only at the end  [default: 50]"),
+    click.option("--metrics", metavar="NAME,..|none", callback=parse_names,
+                 help="Metrics at snapshots; the first picks best_model  [default: fd_lite0]"),
+    click.option("--seed", type=NOT_NEGATIVE, help="Random seed  [default: 0]"),
+    click.option("--nobench", **BOOL, help="Do not let cuDNN time its kernels  [default: 0]"),
+    click.option("--desc", metavar="TEXT", help="Text to add to the run folder's name"),
+    click.option("--stem", is_flag=True, help="Train a stem, as happens without --superres anyway"),
+]  # fmt: skip
+NOT_IN_THIS_VERSION = [
+    click.option("--freezed", type=NOT_NEGATIVE, help="Freeze layers of D (not in this version)"),
+    click.option("--restart_every", type=int, help="Stop after so many seconds (not in this version)"),
+    click.option("--superres", is_flag=True, help="Train a super-resolution stage (not in this version)"),
+    click.option("--path_stem", metavar="FILE", help="Its stem (not in this version)"),
+    click.option("--head_layers", type=POSITIVE, help="Its layers (not in this version)"),
+    click.option("--up_factor", type=click.IntRange(min=2), help="Its factor (not in this version)"),
+]
+
+
+def train_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add every flag of train.py to a click command."""
+    for option in reversed([*GENERAL, *DATA, *NETWORKS, *SCHEDULE, *NOT_IN_THIS_VERSION]):
+        command = option(command)
+    return command
