@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Packaging: the wheel holds only `san` and needs only torch; the extras serve the checkout, from which the rest runs."""
+"""Packaging: the wheel holds only `san` and needs only torch; extras serve the checkout, where the rest runs."""
 
 from pathlib import Path
 

@@ -6,7 +6,6 @@ Flags that had no effect in StyleGAN-XL either work here or are refused with the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,36 +74,23 @@ def check_refused(flags: dict[str, Any]) -> None:
 def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
     """The complete configuration for the given flags, and the opened data set. Raises UserError."""
     config = PRESETS[flags["preset"]]() if flags["preset"] else stylegan_xl(flags["cfg"], data=flags["data"])
-    data = override(
-        config.data, path=flags["data"], use_labels=flags["cond"], mirror=flags["mirror"], num_workers=flags["workers"], seed=flags["seed"]
-    )  # fmt: skip
-    dataset = open_dataset(
-        data.path, use_labels=data.use_labels, mirror=data.mirror, max_size=data.max_size, seed=data.seed
-    )
-    config = adapt_to_data(replace(config, data=data), dataset)
-    config = override_networks(config, flags)
-    batch_size = flags["batch"] or config.batch_size
-    if flags["batch"] is not None:
-        config = rescale_to_batch(config, batch_size)
-    config = override(
+    config = replace(
         config,
-        loss=flags["loss"],
-        microbatch_size=flags["batch_gpu"] or (batch_size if flags["batch"] else None),
-        total_kimg=flags["kimg"],
-        tick_kimg=flags["tick"],
-        snapshot_ticks=flags["snap"],
-        seed=flags["seed"],
-        metrics=flags["metrics"],
-        embedding_source=flags["embedding"],
-        resume=flags["resume"],
-        benchmark=None if flags["nobench"] is None else not flags["nobench"],
+        data=override(
+            config.data,
+            path=flags["data"],
+            use_labels=flags["cond"],
+            mirror=flags["mirror"],
+            num_workers=flags["workers"],
+            seed=flags["seed"],
+        ),
     )
-    if flags["resume"] is not None:
-        config = replace(config, ema_rampup=None)
+    data = config.data
+    dataset = open_dataset(data.path, data.use_labels, data.mirror, data.max_size, data.seed)
+    config = override_networks(adapt_to_data(config, dataset), flags)
+    config = override_schedule(config, flags)
     if config.loss_terms.cls_weight and dataset.c_dim != 1000:
-        raise ConfigError(
-            f"--cls_weight needs the 1,000 ImageNet classes, {config.data.path} has {dataset.c_dim}"
-        )
+        raise ConfigError(f"--cls_weight needs the 1,000 ImageNet classes; {data.path} has {dataset.c_dim}")
     for name in config.metrics:
         evaluate.check_metric(name)
     config.validate()
@@ -163,6 +149,28 @@ def override_networks(config: TrainConfig, flags: dict[str, Any]) -> TrainConfig
         generator_optimizer=override(config.generator_optimizer, lr=flags["glr"]),
         discriminator_optimizer=override(config.discriminator_optimizer, lr=flags["dlr"]),
         loss_terms=override(config.loss_terms, cls_weight=flags["cls_weight"]),
+    )
+
+
+def override_schedule(config: TrainConfig, flags: dict[str, Any]) -> TrainConfig:
+    """Apply the flags that say what is optimised, for how long, and what is reported."""
+    if flags["batch"] is not None:
+        config = rescale_to_batch(config, flags["batch"])
+    if (
+        flags["resume"] is not None
+    ):  # a network that is trained already needs no ramp-up of its moving average
+        config = replace(config, resume=flags["resume"], ema_rampup=None)
+    return override(
+        config,
+        loss=flags["loss"],
+        microbatch_size=flags["batch_gpu"] or flags["batch"],
+        total_kimg=flags["kimg"],
+        tick_kimg=flags["tick"],
+        snapshot_ticks=flags["snap"],
+        seed=flags["seed"],
+        metrics=flags["metrics"],
+        embedding_source=flags["embedding"],
+        benchmark=None if flags["nobench"] is None else not flags["nobench"],
     )
 
 

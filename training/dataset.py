@@ -98,11 +98,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             raise IndexError(f"index {index} is outside 0 ... {len(self) - 1}")
         kept_index = index % len(self._kept)
         is_mirrored = index >= len(self._kept)
-        if self._images is None:
-            image = self._read(int(self._kept[kept_index]))
-        else:
-            image = self._images[kept_index].clone()  # callers may write into it
-        return (image.flip(2) if is_mirrored else image), int(self.labels[index])
+        image = self._read(int(self._kept[kept_index])) if self._images is None else self._images[kept_index]
+        return (image.flip(2) if is_mirrored else image.clone()), int(
+            self.labels[index]
+        )  # callers may write into it
 
     @property
     def is_in_memory(self) -> bool:

@@ -2,7 +2,7 @@
 """From images to scalars: blur, augmentation, discriminator, adversarial objective, guidance, path length.
 
 `ProjectedGANLoss` is the one loss class; plain GAN and SAN objectives go through it and differ in one dictionary
-entry. All terms are means over samples, so their ratio does not depend on the micro-batch (docs/fidelity.md#loss-scale).
+entry. All terms are means over samples, so their ratio is that of any micro-batch (docs/fidelity.md#loss-scale).
 """
 
 from __future__ import annotations
