@@ -19,9 +19,7 @@ from training.generator.generator import Generator
 from training.network_io import check_state, read_network
 
 EMBEDDING_NETWORK = "tf_efficientnet_lite0"  # the network behind the official table: 320 pooled channels
-EMBEDDING_RESOLUTION = (
-    128  # side that images are resized to for class means; small sets would gain nothing from 224
-)
+EMBEDDING_RESOLUTIONS = (64, 224)  # smaller and larger images are resized to these: below 64 features say little
 STANDARDIZING_EPS = 1e-3  # features that do not vary between classes stay small instead of becoming noise
 MAX_IMAGES_PER_CLASS = 200  # enough for a mean; bounds the start-up time of large sets
 
@@ -49,13 +47,15 @@ def class_mean_features(dataset: ImageDataset, device: torch.device) -> Tensor:
     over classes. A class without images gets the mean of the others.
     """
     network = build_feature_network(EMBEDDING_NETWORK, pretrained=True).to(device)
+    smallest, largest = EMBEDDING_RESOLUTIONS
+    resolution = min(max(dataset.resolution, smallest), largest)
     rows = torch.zeros(dataset.c_dim, network.channels[-1])
     seen = torch.zeros(dataset.c_dim, dtype=torch.bool)
     for class_id in range(dataset.c_dim):
         members = np.flatnonzero(dataset.labels == class_id)[:MAX_IMAGES_PER_CLASS]
         if len(members):
             images, _ = dataset.batch(members)
-            features = network.pooled_features(images.to(device).float() / 127.5 - 1, EMBEDDING_RESOLUTION)
+            features = network.pooled_features(images.to(device).float() / 127.5 - 1, resolution)
             rows[class_id], seen[class_id] = features.mean(dim=0).cpu(), True
     rows[~seen] = rows[seen].mean(dim=0)
     return (rows - rows.mean(dim=0)) / (rows.std(dim=0, correction=0) + STANDARDIZING_EPS)
