@@ -59,11 +59,11 @@ def test_unknown_field_is_named(path):
 def test_missing_field_is_named():
     values = json.loads(to_json(quickstart()))
     del values["batch_size"]
-    with pytest.raises(ConfigError, match="TrainConfig: .*batch_size"):
+    with pytest.raises(ConfigError, match=r"TrainConfig: .*batch_size"):
         from_dict(TrainConfig, values)
     values["batch_size"] = 16
     del values["generator"]["synthesis"]["img_resolution"]
-    with pytest.raises(ConfigError, match="SynthesisConfig: .*img_resolution"):
+    with pytest.raises(ConfigError, match=r"SynthesisConfig: .*img_resolution"):
         from_dict(TrainConfig, values)
 
 

@@ -104,9 +104,7 @@ def test_only_small_images_are_enlarged_for_the_features(resolution, expected):
 
 
 def test_r_has_twice_the_channels_of_t():
-    t, r = (
-        stylegan3_generator(kind, 32, 5, 64).synthesis for kind in ("stylegan3-t", "stylegan3-r")
-    )
+    t, r = (stylegan3_generator(kind, 32, 5, 64).synthesis for kind in ("stylegan3-t", "stylegan3-r"))
     assert (r.channel_base, r.channel_max) == (2 * t.channel_base, 2 * t.channel_max)
     assert (t.conv_kernel, r.conv_kernel) == (3, 1)
     assert (t.use_radial_filters, r.use_radial_filters) == (False, True)

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: MIT
+"""Losses and gradients of both steps against the official ones (d_loss_*.npz).
+
+The official losses are sums over the samples of a pass, ours are means: everything adversarial is compared after
+multiplying ours by N. The official guidance term is a mean already, so its weight w at N samples is w * 8 / N in
+our flag, which counts as the published runs do, with N = 8.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from torch_utils.stats import StatsCollector
+from training.config import TrainConfig
+from training.discriminator.projected import ProjectedDiscriminator
+from training.loss import PAPER_GUIDANCE_MICROBATCH, GuidanceClassifier, ProjectedGANLoss
+from training.presets import stylegan_xl
+from training.train_step import Batch, StepContext, discriminator_step, generator_step, path_length_step
+
+DATA = Path(__file__).parents[1] / "data"
+LITE0 = "tf_efficientnet_lite0"
+NUM_WS, IMAGE_SHAPE = 4, (3, 16, 16)
+
+
+# Networks with the golden files' weights.
+
+
+def filled(salt: str, names: list) -> dict[str, torch.Tensor]:
+    """The golden files' weights: normal numbers seeded by name, scaled by kind of tensor."""
+    values = {}
+    for name, shape in names:
+        seed = int.from_bytes(hashlib.sha256(f"{salt}:{name}".encode()).digest()[:8], "little")
+        x = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape)
+        last = name.rsplit(".", 1)[-1]
+        if last in ("running_mean", "bias"):
+            x = 0.1 * x
+        elif last == "running_var":
+            x = 1 + 0.2 * np.abs(x)
+        elif last in ("weight_u", "weight_v"):
+            x = x / np.linalg.norm(x)
+        elif last in ("cls_token", "dist_token", "pos_embed"):
+            x = 0.2 * x
+        elif last == "scale":
+            x = 0.5 + np.abs(x)
+        elif len(shape) == 1:
+            x = 1 + 0.1 * x
+        else:
+            x = x * math.sqrt(2 / np.prod(shape[1:]))
+        values[name] = x.astype(np.float32)
+    for name in [n for n in values if n.endswith("weight_orig")]:
+        stem = name.removesuffix("weight_orig")
+        matrix = values[name].astype(np.float64).reshape(len(values[name]), -1)
+        u = values[stem + "weight_u"].astype(np.float64)
+        for _ in range(10):
+            v = matrix.T @ u
+            v /= np.linalg.norm(v)
+            u = matrix @ v
+            u /= np.linalg.norm(u)
+        values[stem + "weight_u"], values[stem + "weight_v"] = u.astype(np.float32), v.astype(np.float32)
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def our_name(name: str) -> str:
+    """Our name for an official feature_networks... or discriminators.<backbone>.mini_discs.<k>... of Lite0."""
+    root, backbone, part, *rest = name.split(".")
+    if root == "discriminators":
+        level, head, *rest = rest
+        if head in ("main", "last_layer"):
+            tail = ".".join(["trunk", rest[0], *rest[2:]]) if "main" in rest else f"last.{rest[-1]}"
+        else:
+            tail = f"last.{'conv' if head == 'cls' else head}.{rest[-1]}"
+        return f"heads.{backbone}.{level}.{tail}"
+    if part == "scratch":  # layer2_ccm, layer2_csm.out_conv
+        level, kind = rest[0].removeprefix("layer").split("_")
+        return f"projectors.{backbone}.{kind}.{level}.{rest[-1]}"
+    prefix = f"feature_networks.{backbone}.backbone"
+    layer, index = int(rest[0].removeprefix("layer")), int(rest[1])
+    if layer == 0 and index < 2:
+        return f"{prefix}.{('conv_stem', 'bn1')[index]}.{rest[-1]}"
+    stage = {0: -3, 1: 2, 2: 3, 3: 5}[layer] + index
+    return f"{prefix}.blocks.{stage}." + ".".join(rest[2:])
+
+
+class UnfoldedDiscriminator(ProjectedDiscriminator):
+    """Fills before the feature network's BatchNorm layers are merged, as the golden file's tensors need."""
+
+    def fill_(self, values: dict[str, torch.Tensor]) -> None:
+        features = self.feature_networks[LITE0]
+        features.backbone = timm.create_model(LITE0, features_only=True).requires_grad_(False).eval()
+        missing, unexpected = self.load_state_dict(values, strict=False)
+        assert not unexpected and all("num_batches_tracked" in name for name in missing)
+        features.fold_batchnorm_()
+
+
+class ToyMapping(nn.Module):
+    def __init__(self, A: torch.Tensor, E: torch.Tensor | None) -> None:
+        super().__init__()
+        self.A = nn.Parameter(A)
+        self.E = None if E is None else nn.Parameter(E)
+
+    def forward(self, z, labels, update_emas=False):
+        w = z @ self.A.T if self.E is None else z @ self.A.T + self.E[labels]
+        return w.unsqueeze(1).repeat(1, NUM_WS, 1)
+
+
+class ToySynthesis(nn.Module):
+    def __init__(self, B: torch.Tensor) -> None:
+        super().__init__()
+        self.B = nn.Parameter(B)
+
+    def forward(self, ws):
+        mixed = sum((i + 1) / 10 * ws[:, i] for i in range(NUM_WS))
+        return torch.tanh(mixed @ self.B.T).view(len(ws), *IMAGE_SHAPE)
+
+
+class ToyGenerator(nn.Module):
+    """The golden files' generator: two matrices, a class table, tanh."""
+
+    def __init__(self, golden: dict, is_conditional: bool) -> None:
+        super().__init__()
+        E = torch.from_numpy(golden["cond/E"]) if is_conditional else None
+        self.mapping = ToyMapping(torch.from_numpy(golden["cond/A"]), E)
+        self.synthesis = ToySynthesis(torch.from_numpy(golden["cond/B"]))
+
+
+class RecordingStats(StatsCollector):
+    """Keeps the reported values themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, list[torch.Tensor]] = {}
+
+    def report(self, name, values):
+        self.values.setdefault(name, []).append(torch.as_tensor(values).detach().clone())
+
+
+class Case:
+    """One golden case after the generator's step: everything that the tests compare."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        with np.load(DATA / f"d_loss_{kind}.npz") as data:
+            self.all = {key: data[key] for key in data.files}
+        self.golden = {k.removeprefix(name + "/"): v for k, v in self.all.items() if k.startswith(name + "/")}
+        is_conditional = name == "cond"
+        self.num_samples = len(self.golden["z"])
+        self.config = make_config(kind, 10 if is_conditional else 0, self.num_samples)
+        official_weight = float(self.golden["cls_weight"])
+        flag = official_weight * PAPER_GUIDANCE_MICROBATCH / self.num_samples
+        terms = replace(self.config.loss_terms, cls_weight=flag)
+        self.config = replace(self.config, loss_terms=terms)
+        self.D = UnfoldedDiscriminator(self.config.discriminator, kind, pretrained=False)
+        names = json.loads(str(self.golden["D_names"]))
+        self.D.fill_({our_name(n): v for n, v in filled(f"pub.{kind}.lossD.{name}", names).items()})
+        self.D.set_trainable_(False)
+        self.G = ToyGenerator(self.all, is_conditional)
+        guidance = None
+        if is_conditional:
+            guidance = filled_classifier(json.loads(str(self.golden["cls_names"])))
+        tensors = {k: torch.from_numpy(self.golden[k]) for k in ("real_img", "real_ids", "z", "gen_ids")}
+        self.batch = Batch(tensors["real_img"], tensors["real_ids"], tensors["z"], tensors["gen_ids"])
+        self.context = StepContext(self.config, ProjectedGANLoss(self.config, guidance), RecordingStats())
+        self.context.cur_nimg = int(self.golden["cur_nimg"])
+
+    def generator_step(self) -> dict[str, list[torch.Tensor]]:
+        self.context.stats.values.clear()
+        generator_step(self.G, self.D, standing_still(self.G), self.batch, self.context)
+        return self.context.stats.values
+
+    def discriminator_step(self) -> dict[str, list[torch.Tensor]]:
+        self.context.stats.values.clear()
+        discriminator_step(self.G, self.D, standing_still(self.D), self.batch, self.context)
+        return self.context.stats.values
+
+
+def make_config(kind: str, c_dim: int, batch_size: int) -> TrainConfig:
+    config = stylegan_xl(c_dim=c_dim, batch_size=batch_size, microbatch_size=batch_size)
+    discriminator = replace(config.discriminator, backbones=(LITE0,), augment_policy="")
+    return replace(config, loss=kind, discriminator=discriminator)
+
+
+def standing_still(network: nn.Module) -> torch.optim.SGD:
+    """An optimizer that leaves the weights where they are, so that a step only makes gradients."""
+    return torch.optim.SGD(network.parameters(), lr=0.0)
+
+
+def filled_classifier(names: list) -> GuidanceClassifier:
+    model = timm.create_model("deit_tiny_distilled_patch16_224")
+    model.load_state_dict(filled("pub.cls", names))
+    return GuidanceClassifier(model)
+
+
+# Comparison.
+
+
+def check(actual: torch.Tensor, expected: np.ndarray, rtol: float = 1e-3, atol: float = 1e-4) -> None:
+    """rtol, plus atol relative to the largest expected value."""
+    largest = float(np.abs(expected).max())
+    # Gradients that BatchNorm makes zero (biases before it) are rounding noise: both sides must be tiny.
+    atol = atol * largest if largest > 1e-5 else 1e-5
+    np.testing.assert_allclose(
+        actual.detach().numpy().reshape(-1), expected.reshape(-1), rtol=rtol, atol=atol
+    )
+
+
+def subsampled(values: torch.Tensor, count: int) -> torch.Tensor:
+    flat = values.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // count)][:count]
+
+
+def check_stored(golden: dict, key: str, value: torch.Tensor) -> None:
+    """`value` against an array that is stored whole, or by a sample and moments."""
+    if key in golden:
+        check(subsampled(value, golden[key].size), golden[key])
+        return
+    check(subsampled(value, len(golden[key + "__sub"])), golden[key + "__sub"])
+    wide = value.detach().double()
+    rms, largest = wide.square().mean().sqrt().item(), wide.abs().max().item()
+    np.testing.assert_allclose([rms, largest], golden[key + "__stats"][1:], rtol=1e-3, atol=1e-6)
+
+
+CASES = [(kind, name) for kind in ("san", "gan") for name in ("uncond", "cond")]
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """{(kind, case): (case, statistics of G's step, G's gradients, statistics of D's step, ...)}; made on demand."""
+    made: dict[tuple[str, str], dict] = {}
+
+    def make(kind: str, name: str) -> dict:
+        if (kind, name) not in made:
+            case = Case(kind, name)
+            g_stats = {k: list(v) for k, v in case.generator_step().items()}
+            result = {"case": case, "G": g_stats}
+            result["G_gradients"] = {n: p.grad.clone() for n, p in case.G.named_parameters()}
+            result["D_gradients_of_G_step"] = [n for n, p in case.D.named_parameters() if p.grad is not None]
+            result["D"] = {k: list(v) for k, v in case.discriminator_step().items()}
+            made[kind, name] = result
+        return made[kind, name]
+
+    return make
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_generator_step_matches_official(steps, kind, name):
+    result = steps(kind, name)
+    case, golden, stats = result["case"], result["case"].golden, result["G"]
+    N = case.num_samples
+    check(torch.cat(stats["Loss/scores/fake"]), golden["Gmain/Loss/scores/fake"])
+    check(N * stats["Loss/G/loss"][0], golden["Gmain/Loss/G/loss"])
+    if name == "cond":
+        check(stats["Loss/G/guidance_loss"][0], golden["Gmain/Loss/G/guidance_loss"], rtol=1e-4, atol=0)
+    names = {"A": "mapping.A", "B": "synthesis.B"} | ({"E": "mapping.E"} if name == "cond" else {})
+    assert set(names.values()) == set(result["G_gradients"])
+    for short, long in names.items():
+        check_stored(golden, f"Gmain/grad_G/{short}", N * result["G_gradients"][long])
+    assert not golden["Gmain/D_has_grad"] and not result["D_gradients_of_G_step"]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_discriminator_step_matches_official(steps, kind, name):
+    result = steps(kind, name)
+    case, golden, stats = result["case"], result["case"].golden, result["D"]
+    N = case.num_samples
+    check(torch.cat(stats["Loss/scores/fake"]), golden["Dmain/Loss/scores/fake"])
+    check(torch.cat(stats["Loss/scores/real"]), golden["Dmain/Loss/scores/real"])
+    check(N * stats["Loss/D/loss"][0], golden["Dmain/Loss/D/loss"])
+    official = {our_name(n) for n in json.loads(str(golden["Dmain/params_with_grad"]))}
+    assert {n for n, p in case.D.named_parameters() if p.grad is not None} == official
+    prefix = "Dmain/grad_D/"
+    keys = {k.removesuffix("__sub") for k in golden if k.startswith(prefix) and "__sta" not in k}
+    keys = {k for k in keys if not k.endswith("__nonzero_rows")}
+    assert len(keys) >= 18
+    for key in sorted(keys):
+        gradient = N * case.D.get_parameter(our_name(key.removeprefix(prefix))).grad
+        if f"{key}__nonzero_rows" in golden:  # an embedding: only rows of classes in the batch
+            assert int(gradient.flatten(1).any(dim=1).sum()) == golden[f"{key}__nonzero_rows"]
+            gradient = gradient[torch.from_numpy(golden["Dmain/embed_rows"])]
+        check_stored(golden, key, gradient)
+
+
+@pytest.mark.parametrize("name", ["uncond", "cond"])
+def test_directions_after_the_step_match_official(steps, name):
+    case = steps("san", name)["case"]
+    last = case.D.heads[LITE0][0].last
+    if name == "cond":
+        rows = torch.from_numpy(case.golden["normalized_weight_disc0"])
+        torch.testing.assert_close(last.embed.weight.detach()[: len(rows)], rows, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(last.embed.weight.norm(dim=1), torch.ones(1000))
+    else:
+        check_stored(case.golden, "normalized_weight_disc0", last.weight)
+
+
+@pytest.fixture
+def path_length(monkeypatch):
+    """Golden arrays, generator, batch of five latents and context; the noise is the golden one."""
+    with np.load(DATA / "d_loss_san.npz") as data:
+        golden = {key: data[key] for key in data.files if key.startswith(("pl/", "cond/"))}
+    raw_noise = torch.from_numpy(golden["pl/noise"])
+    monkeypatch.setattr(torch, "randn_like", lambda images: raw_noise.view_as(images).clone())
+    labels = torch.tensor([1, 2, 3, 4, 5])
+    batch = Batch(torch.zeros(5, 3, 16, 16), labels, torch.from_numpy(golden["pl/z"]), labels)
+    config = make_config("san", 10, 5)
+    context = StepContext(config, ProjectedGANLoss(config), RecordingStats())
+    return golden, ToyGenerator(golden, is_conditional=True), batch, context
+
+
+def test_path_length_matches_official(path_length):
+    golden, G, batch, context = path_length
+    mean = torch.tensor(float(golden["pl/pl_mean_before"]))
+    mean = path_length_step(G, standing_still(G), batch, mean, context)
+    check(context.stats.values["Loss/pl_penalty"][0], golden["pl/Loss/pl_penalty"])
+    check(context.stats.values["Loss/G/reg"][0], golden["pl/Loss/G/reg"].mean())
+    np.testing.assert_allclose(mean.item(), golden["pl/pl_mean_after"], rtol=1e-6)
+    assert not mean.requires_grad
+    for short, long in {"A": "mapping.A", "E": "mapping.E", "B": "synthesis.B"}.items():
+        check_stored(golden, f"pl/grad/{short}", G.get_parameter(long).grad)

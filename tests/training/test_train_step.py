@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: MIT
+"""The three updates on tiny networks: independent of the micro-batch, each touching its own network, none silent."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from san.layers import SANLayer
+from torch_utils.stats import StatsCollector
+from training.config import (
+    DiscriminatorConfig,
+    GeneratorConfig,
+    LossConfig,
+    MappingConfig,
+    SynthesisConfig,
+    TrainConfig,
+)
+from training.discriminator.projected import ProjectedDiscriminator
+from training.generator.generator import Generator
+from training.loss import ProjectedGANLoss
+from training.presets import quickstart
+from training.train_step import (
+    Batch,
+    StepContext,
+    apply_gradients,
+    discriminator_step,
+    generator_step,
+    mix_styles,
+    path_length_step,
+)
+
+NUM_CLASSES, BATCH_SIZE, Z_DIM = 3, 16, 4
+
+
+def tiny_config(
+    loss: str = "san", c_dim: int = NUM_CLASSES, microbatch_size: int = BATCH_SIZE
+) -> TrainConfig:
+    """16x16 images, four layers of six channels; Lite0 on 32x32 with two heads; no augmentation, no blur."""
+    mapping = MappingConfig(z_dim=Z_DIM, w_dim=8, c_dim=c_dim, num_embeddings=max(c_dim, 1), embedding_dim=6)
+    synthesis = SynthesisConfig(img_resolution=16, channel_max=6, num_layers=4, margin_size=2, num_fp16_res=0)
+    discriminator = DiscriminatorConfig(
+        img_resolution=16,
+        c_dim=c_dim,
+        backbones=("tf_efficientnet_lite0",),
+        feature_resolution=32,
+        nominal_resolution=32,
+        projected_channels=8,
+        num_levels=2,
+        head_resolution=4,
+        max_head_channels=16,
+        class_dim=8,
+        num_class_embeddings=max(c_dim, 1),
+        embedding_dim=6,
+        augment_policy="",
+    )
+    return replace(
+        quickstart(),
+        loss=loss,
+        generator=GeneratorConfig(mapping=mapping, synthesis=synthesis),
+        discriminator=discriminator,
+        loss_terms=LossConfig(blur_fade_kimg=0, pl_weight=2.0),
+        batch_size=BATCH_SIZE,
+        microbatch_size=microbatch_size,
+    )
+
+
+@pytest.fixture(scope="module")
+def prototypes() -> dict[str, tuple[Generator, ProjectedDiscriminator]]:
+    """G and D for "san" and "gan", their heads' statistics settled; the tests work on copies."""
+    made = {}
+    for loss in ("san", "gan"):
+        torch.manual_seed(1)
+        config = tiny_config(loss)
+        G = Generator(config.generator)
+        D = ProjectedDiscriminator(config.discriminator, loss, pretrained=False)
+        with torch.no_grad():
+            for _ in range(30):
+                D(torch.randn(8, 3, 16, 16), torch.randint(NUM_CLASSES, (8,)))
+        made[loss] = (G, D)
+    return made
+
+
+class Run:
+    """Copies of the networks with optimizers, and batches that depend on the iteration only."""
+
+    def __init__(self, prototypes: dict, loss: str = "san", microbatch_size: int = BATCH_SIZE) -> None:
+        self.config = tiny_config(loss, microbatch_size=microbatch_size)
+        self.G, self.D = copy.deepcopy(prototypes[loss])
+        self.G_optimizer = torch.optim.Adam(self.G.parameters(), lr=0.0025, betas=(0, 0.99))
+        self.D_optimizer = torch.optim.Adam(self.D.trainable_parameters(), lr=0.002, betas=(0, 0.99))
+        self.stats = StatsCollector()
+        self.context = StepContext(self.config, ProjectedGANLoss(self.config), self.stats)
+
+    def generator_step(self, batch: Batch) -> None:
+        self.D.set_trainable_(False)  # as `discriminator_step` leaves it
+        generator_step(self.G, self.D, self.G_optimizer, batch, self.context)
+
+    def discriminator_step(self, batch: Batch) -> None:
+        discriminator_step(self.G, self.D, self.D_optimizer, batch, self.context)
+
+    def trace(self, num_iterations: int) -> torch.Tensor:
+        """Losses (num_iterations, 2) of G and D, iteration by iteration."""
+        losses = []
+        for i in range(num_iterations):
+            self.generator_step(make_batch(2 * i))
+            self.discriminator_step(make_batch(2 * i + 1))
+            stats = self.stats.flush()
+            losses.append([stats["Loss/G/loss"]["mean"], stats["Loss/D/loss"]["mean"]])
+        return torch.tensor(losses)
+
+
+def make_batch(seed: int, size: int = BATCH_SIZE) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    labels, fake_labels = (torch.randint(NUM_CLASSES, (size,), generator=rng) for _ in range(2))
+    images = torch.randn(size, 3, 16, 16, generator=rng).clamp(-1, 1)
+    return Batch(images, labels, torch.randn(size, Z_DIM, generator=rng), fake_labels)
+
+
+def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(module: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+
+
+# The micro-batch changes memory and speed, nothing else.
+
+
+@pytest.mark.parametrize("loss", ["san", "gan"])
+def test_ten_steps_do_not_depend_on_the_microbatch(prototypes, loss):
+    """With heads in evaluation mode: in training mode BatchNorm sees, and moves with, the micro-batch."""
+    traces = {}
+    for microbatch_size in (4, 8, 16):
+        run = Run(prototypes, loss, microbatch_size)
+        run.D.eval()
+        traces[microbatch_size] = run.trace(10)
+    assert traces[16].isfinite().all()
+    assert (traces[16][0] - traces[16][-1]).abs().min() > 0.01  # it did train
+    for microbatch_size in (4, 8):
+        torch.testing.assert_close(traces[microbatch_size], traces[16], rtol=1e-4, atol=1e-5)
+
+
+def test_batchnorm_in_training_mode_does_depend_on_the_microbatch(prototypes):
+    """The check of the test above can fail."""
+    first, second = (Run(prototypes, "san", size).trace(1) for size in (4, 16))
+    assert (first - second).abs().max() > 1e-3 * second.abs().max()
+
+
+def test_gradients_do_not_depend_on_the_microbatch(prototypes):
+    gradients = []
+    for microbatch_size in (4, 16):
+        run = Run(prototypes, "san", microbatch_size)
+        run.D.eval()
+        run.generator_step(make_batch(0))
+        run.discriminator_step(make_batch(1))
+        networks = (run.G, run.D)
+        gradients.append([p.grad for net in networks for p in net.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 30
+    for actual, expected in zip(*gradients, strict=True):
+        assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7
+
+
+# Each step touches its own network.
+
+
+@pytest.mark.parametrize("loss", ["san", "gan"])
+def test_generator_step_leaves_the_discriminator_alone(prototypes, loss):
+    run = Run(prototypes, loss)
+    G_before, D_before = snapshot(run.G), snapshot(run.D)
+    run.generator_step(make_batch(0))
+    moved = changed(run.G, G_before)
+    weights = {name for name, _ in run.G.named_parameters()}
+    assert moved == weights  # and no buffer: running means move in the discriminator's step only
+    assert all(p.grad is None for p in run.D.parameters())
+    # Parameters stay; BatchNorm and spectral norm follow every pass in training mode, as in the official code.
+    assert not changed(run.D, D_before) & {name for name, _ in run.D.named_parameters()}
+    run.D.eval()
+    D_before = snapshot(run.D)
+    run.generator_step(make_batch(1))
+    assert not changed(run.D, D_before)
+
+
+@pytest.mark.parametrize("loss", ["san", "gan"])
+def test_discriminator_step_leaves_the_generator_alone(prototypes, loss):
+    run = Run(prototypes, loss)
+    G_before, D_before = snapshot(run.G), snapshot(run.D)
+    run.discriminator_step(make_batch(0))
+    assert changed(run.G, G_before) == {"mapping.w_avg"}
+    assert all(p.grad is None for p in run.G.parameters())
+    moved = changed(run.D, D_before)
+    assert all(name.startswith("heads.") for name in moved)
+    assert {name for name, _ in run.D.heads.named_parameters(prefix="heads")} <= moved
+    assert not any(p.requires_grad for p in run.D.parameters())  # left so for the generator's step
+
+
+def test_generator_step_alone_keeps_gradients_from_the_discriminator(prototypes):
+    """Also right after construction, before any discriminator step froze the heads."""
+    run = Run(prototypes)
+    run.D.set_trainable_(True)
+    generator_step(run.G, run.D, run.G_optimizer, make_batch(0), run.context)
+    assert all(p.grad is None for p in run.D.parameters())
+
+
+def test_gradients_of_the_step_before_do_not_linger(prototypes):
+    first, second = Run(prototypes), Run(prototypes)
+    for run in (first, second):
+        run.D.eval()
+        for group in (*run.G_optimizer.param_groups, *run.D_optimizer.param_groups):
+            group["lr"] = 0.0
+    first.generator_step(make_batch(5))
+    first.discriminator_step(make_batch(6))
+    for run in (first, second):
+        run.generator_step(make_batch(0))
+        run.discriminator_step(make_batch(1))
+    for network in ("G", "D"):
+        pairs = zip(getattr(first, network).parameters(), getattr(second, network).parameters(), strict=True)
+        assert all(a.grad is None or torch.equal(a.grad, b.grad) for a, b in pairs)
+
+
+def test_real_and_fake_pass_the_discriminator_apart(prototypes):
+    run, sizes = Run(prototypes), []
+    run.D.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    run.discriminator_step(make_batch(0))
+    assert sizes == [BATCH_SIZE, BATCH_SIZE]
+
+
+def test_directions_have_unit_norm_after_the_discriminators_step(prototypes):
+    run = Run(prototypes, "san")
+    layers = [m for m in run.D.modules() if isinstance(m, SANLayer)]
+    assert len(layers) == 2
+    for group in run.D_optimizer.param_groups:
+        group["lr"] = 0.3  # without the projection the norms would be far from one
+    before = [layer.weight.clone() for layer in layers]
+    run.discriminator_step(make_batch(0))
+    for layer, old in zip(layers, before, strict=True):
+        assert not torch.equal(layer.weight, old)
+        norms = layer.weight.flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-5, atol=0)
+
+
+# Faults are reported.
+
+
+def test_a_gradient_that_is_not_finite_skips_the_generators_step(prototypes, capsys):
+    run = Run(prototypes)
+    run.D.eval()
+    before, batch = snapshot(run.G), make_batch(0)
+    run.generator_step(replace(batch, z=batch.z.clone().fill_(float("nan"))))
+    assert not changed(run.G, before)
+    warning = capsys.readouterr().out
+    assert warning.startswith("Warning: Generator got a gradient that is not finite (first: ")
+    assert warning.count("\n") == 1 and warning.endswith("this step was skipped.\n")
+    run.generator_step(batch)
+    assert changed(run.G, before) and not capsys.readouterr().out
+    stats = run.stats.flush()["Gradients/Generator/skipped_steps"]
+    assert stats["num"] == 2 and stats["mean"] == 0.5
+
+
+def test_a_gradient_that_is_not_finite_skips_the_discriminators_step(prototypes, capsys):
+    run = Run(prototypes)
+    run.D.eval()
+    before, batch = snapshot(run.D), make_batch(0)
+    batch.images[3, 0, 0, 0] = float("inf")
+    run.discriminator_step(batch)
+    for name, value in run.D.state_dict().items():  # normalising unit vectors again may change their last bit
+        torch.testing.assert_close(value, before[name], rtol=1e-6, atol=1e-7)
+    assert "Warning: ProjectedDiscriminator got a gradient" in capsys.readouterr().out
+    assert run.stats.flush()["Gradients/ProjectedDiscriminator/skipped_steps"]["mean"] == 1
+
+
+@pytest.mark.parametrize("bad", [(float("nan"), 0.0), (float("inf"), 1.0), (float("inf"), float("-inf"))])
+def test_the_first_bad_parameter_is_named(bad, capsys):
+    network = nn.Sequential(nn.Linear(2, 1), nn.Linear(2, 1, bias=False), nn.Linear(1, 1))
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    network[2].bias.grad = None
+    network[1].weight.grad = torch.tensor([bad])
+    stats, before = StatsCollector(), snapshot(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    apply_gradients(network, optimizer, stats)
+    assert "Sequential" in (text := capsys.readouterr().out) and "(first: 1.weight)" in text
+    assert not changed(network, before)
+    network[1].weight.grad.zero_()
+    apply_gradients(network, optimizer, stats)
+    assert changed(network, before) == {"0.weight", "0.bias", "2.weight"}
+    assert stats.flush()["Gradients/Sequential/skipped_steps"]["mean"] == 0.5
+
+
+# Style mixing, path length, batches.
+
+
+def test_styles_are_mixed_with_the_given_probability(prototypes):
+    G, batch = prototypes["san"][0], make_batch(0)
+    ws = G.mapping(batch.z, batch.fake_labels)
+    state = torch.get_rng_state()
+    assert torch.equal(mix_styles(G, batch, 0.0), ws)
+    assert torch.equal(torch.get_rng_state(), state)  # draws nothing when off
+    crossovers = set()
+    for _ in range(40):
+        is_same = (mix_styles(G, batch, 1.0) == ws).all(dim=2).all(dim=0).tolist()
+        crossover = is_same.index(False)
+        assert is_same == [True] * crossover + [False] * (G.num_ws - crossover)
+        crossovers.add(crossover)
+    assert crossovers == set(range(1, G.num_ws))
+    num_mixed = sum(not torch.equal(mix_styles(G, batch, 0.3), ws) for _ in range(200))
+    assert 35 <= num_mixed <= 85
+
+
+def test_generator_step_mixes_styles_when_asked(prototypes, monkeypatch):
+    run, probabilities = Run(prototypes), []
+
+    def spy(G, batch, probability):
+        probabilities.append(probability)
+        return mix_styles(G, batch, probability)
+
+    monkeypatch.setattr("training.train_step.mix_styles", spy)
+    run.context.config = replace(run.config, loss_terms=replace(run.config.loss_terms, style_mixing_prob=0.7))
+    run.generator_step(make_batch(0))
+    assert probabilities == [0.7]
+
+
+@pytest.mark.parametrize("c_dim", [0, NUM_CLASSES])
+def test_path_length_step(c_dim):
+    config = tiny_config(c_dim=c_dim, microbatch_size=8)
+    G, stats = Generator(config.generator), StatsCollector()
+    optimizer = torch.optim.Adam(G.parameters(), lr=0.0025, betas=(0, 0.99))
+    context = StepContext(config, ProjectedGANLoss(config), stats)
+    batch = make_batch(0) if c_dim else replace(make_batch(0), labels=None, fake_labels=None)
+    before, sizes = snapshot(G), []
+    G.synthesis.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    mean = path_length_step(G, optimizer, batch, torch.tensor(0.0), context)
+    assert sizes == [4, 4]  # half of each micro-batch: pl_batch_shrink is 2
+    assert mean.shape == () and mean > 0 and not mean.requires_grad
+    moved = changed(G, before)
+    assert {name.split(".")[0] for name in moved} == {"mapping", "synthesis"}
+    assert not moved & {name for name, _ in G.named_buffers()}
+    result = stats.flush()
+    assert result["Loss/pl_penalty"]["num"] == 8 and result["Loss/G/reg"]["mean"] > 0
+    assert result["Loss/G/reg"]["mean"] == pytest.approx(2 * result["Loss/pl_penalty"]["mean"], rel=1e-5)
+
+
+def test_path_length_of_a_single_latent(prototypes):
+    run = Run(prototypes)
+    mean = path_length_step(run.G, run.G_optimizer, make_batch(0, size=1), torch.tensor(0.0), run.context)
+    assert mean > 0
+
+
+def test_path_lengths_become_equal(prototypes):
+    """The penalty does what it is for: its value falls."""
+    run, mean, penalties = Run(prototypes), torch.tensor(0.0), []
+    run.context.config = replace(run.config, loss_terms=LossConfig(pl_weight=2.0, pl_decay=0.2))
+    for i in range(40):
+        mean = path_length_step(run.G, run.G_optimizer, make_batch(i), mean, run.context)
+        penalties.append(run.stats.flush()["Loss/pl_penalty"]["mean"])
+    assert sum(penalties[-5:]) < 0.3 * sum(penalties[:5])
+
+
+@pytest.mark.parametrize(("size", "expected"), [(4, [4, 4, 4, 4]), (16, [16]), (6, [6, 6, 4]), (99, [16])])
+def test_batch_is_split_in_order(size, expected):
+    batch = make_batch(0)
+    parts = batch.split(size)
+    assert [len(part.z) for part in parts] == expected
+    for name in ("images", "labels", "z", "fake_labels"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+
+
+def test_batch_without_labels_is_split():
+    parts = replace(make_batch(0), labels=None, fake_labels=None).split(8)
+    assert len(parts) == 2 and all(p.labels is None and p.fake_labels is None for p in parts)
