@@ -12,11 +12,9 @@ from typing import Any
 
 import click
 
-from metrics import evaluate
 from training.config import ConfigError, TrainConfig, to_json
 from training.dataset import ImageDataset, open_dataset
 from training.presets import PRESETS, stylegan_xl
-from training.run_log import create_run_dir
 from training.sampling import pick_device
 
 NOT_YET = "is not in this version"
@@ -43,9 +41,8 @@ def run_training(flags: dict[str, Any]) -> None:
         Trainer,
     )  # imports timm and friends: seconds that --dry-run need not wait
 
-    run_dir = create_run_dir(flags["outdir"], describe_run(flags, config, dataset))
-    Trainer(config, dataset, device, run_dir).fit()
-    click.echo(summarize_run(run_dir))
+    trainer = Trainer(config, dataset, device, flags["outdir"], describe_run(flags, config, dataset))
+    click.echo(summarize_run(trainer.fit()))
 
 
 def check_refused(flags: dict[str, Any]) -> None:
@@ -91,8 +88,11 @@ def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
     config = override_schedule(config, flags)
     if config.loss_terms.cls_weight and dataset.c_dim != 1000:
         raise ConfigError(f"--cls_weight needs the 1,000 ImageNet classes; {data.path} has {dataset.c_dim}")
-    for name in config.metrics:
-        evaluate.check_metric(name)
+    if config.metrics:
+        from metrics.evaluate import check_metric  # training without metrics must not need the package
+
+        for name in config.metrics:
+            check_metric(name)
     config.validate()
     return config, dataset
 
@@ -145,7 +145,11 @@ def override_networks(config: TrainConfig, flags: dict[str, Any]) -> TrainConfig
     return replace(
         config,
         generator=replace(config.generator, synthesis=synthesis, mapping=mapping),
-        discriminator=override(config.discriminator, official_batchnorm_statistics=flags["official_bn"]),
+        discriminator=override(
+            config.discriminator,
+            backbones=flags["backbones"],
+            official_batchnorm_statistics=flags["official_bn"],
+        ),
         generator_optimizer=override(config.generator_optimizer, lr=flags["glr"]),
         discriminator_optimizer=override(config.discriminator_optimizer, lr=flags["dlr"]),
         loss_terms=override(config.loss_terms, cls_weight=flags["cls_weight"]),

@@ -62,6 +62,9 @@ NETWORKS = [
     click.option("--map-depth", type=POSITIVE, help="Layers of the mapping network  [default: 2]"),
     click.option("--syn_layers", type=POSITIVE, help="Layers of the synthesis network  [default: 14]"),
     click.option("--fp32", **BOOL, help="float32 everywhere, also on CUDA  [default: 0]"),
+    click.option("--backbones", metavar="NAME,..", callback=parse_names,
+                 help="timm names of D's feature networks"
+                 "  [default: deit_base_distilled_patch16_224,tf_efficientnet_lite0]"),
     click.option("--official-bn", **BOOL,
                  help="Repeat the official shift of the feature network's BatchNorm statistics"
                  "  [default: 0; 1 in paper presets]"),

@@ -23,9 +23,7 @@ ADVERSARIAL_TERMS = {
     "san": (san.san_real_loss, san.san_fake_loss),
     "gan": (san.gan_real_loss, san.gan_fake_loss),
 }
-PAPER_GUIDANCE_MICROBATCH = (
-    8  # published runs sum the adversarial loss over 8 images but average the guidance
-)
+PAPER_MICROBATCH_SIZE = 8  # published runs sum the adversarial loss over 8 images but average the guidance
 
 
 class ProjectedGANLoss:
@@ -57,7 +55,7 @@ class ProjectedGANLoss:
         report_logits(stats, "fake", logits)
         if self.guidance is not None:
             guidance_loss = F.cross_entropy(self.guidance(fake_images), labels)
-            loss = loss + self.terms.cls_weight / PAPER_GUIDANCE_MICROBATCH * guidance_loss
+            loss = loss + self.terms.cls_weight / PAPER_MICROBATCH_SIZE * guidance_loss
             stats.report("Loss/G/guidance_loss", guidance_loss)
         stats.report("Loss/G/loss", loss)
         return loss

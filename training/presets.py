@@ -64,7 +64,7 @@ def stylegan_xl(
         ),
         generator_optimizer=OptimizerConfig(lr=GENERATOR_LR, reg_interval=4),
         discriminator_optimizer=OptimizerConfig(lr=DISCRIMINATOR_LR, reg_interval=16),
-        embedding_source="data" if c_dim > 0 else "random",
+        embedding_source="data",
         batch_size=batch_size,
         microbatch_size=microbatch_size,
         ema_halflife_kimg=batch_size * 10 / 32,

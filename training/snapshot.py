@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metrics import evaluate
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.discriminator.projected import ProjectedDiscriminator
@@ -66,6 +65,10 @@ class Snapshots:
     def evaluate(self, G_ema: Generator, cur_nimg: int, snapshot: str) -> dict[str, float]:
         """Compute the run's metrics for G_ema and log them. Returns all values by name."""
         values: dict[str, float] = {}
+        if not self.config.metrics:
+            return values
+        from metrics import evaluate  # training without metrics must not need the package
+
         real = self.dataset.reference_set()
         reference = evaluate.ImageSet(len(real), real.fingerprint(), real.image_batches)
         for name in self.config.metrics:

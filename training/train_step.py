@@ -7,6 +7,7 @@ the batch is the mean of the micro-batches' means, so `--batch-gpu` changes memo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from torch_utils.stats import StatsCollector
 from training.config import TrainConfig
 from training.discriminator.projected import ProjectedDiscriminator
 from training.generator.generator import Generator
-from training.loss import ProjectedGANLoss, path_length_penalty
+from training.loss import PAPER_MICROBATCH_SIZE, ProjectedGANLoss, path_length_penalty
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class StepContext:
     loss: ProjectedGANLoss
     stats: StatsCollector
     cur_nimg: int = 0  # real images seen before this iteration
+    warn: Callable[[str], None] = print  # tells the user about a skipped step
 
 
 def generator_step(
@@ -61,7 +63,7 @@ def generator_step(
         fake_images = G.synthesis(mix_styles(G, mb, context.config.loss_terms.style_mixing_prob))
         loss = context.loss.generator_loss(D, fake_images, mb.fake_labels, context.cur_nimg, context.stats)
         (loss / len(microbatches)).backward()
-    apply_gradients(G, optimizer, context.stats)
+    apply_gradients(G, optimizer, context)
 
 
 def path_length_step(
@@ -81,8 +83,8 @@ def path_length_step(
         loss = terms.pl_weight * penalty.mean()
         context.stats.report("Loss/pl_penalty", penalty)
         context.stats.report("Loss/G/reg", loss)
-        (loss / len(microbatches)).backward()
-    apply_gradients(G, optimizer, context.stats)
+        (loss / (PAPER_MICROBATCH_SIZE * len(microbatches))).backward()
+    apply_gradients(G, optimizer, context)
     return pl_mean
 
 
@@ -106,7 +108,7 @@ def discriminator_step(
         (real / len(microbatches)).backward()
         context.stats.report("Loss/D/loss", fake.detach() + real.detach())
     D.set_trainable_(False)
-    apply_gradients(D, optimizer, context.stats)
+    apply_gradients(D, optimizer, context)
     san.normalize_directions_(D)
 
 
@@ -120,7 +122,7 @@ def mix_styles(G: Generator, batch: Batch, probability: float) -> Tensor:
     return ws
 
 
-def apply_gradients(network: nn.Module, optimizer: Optimizer, stats: StatsCollector) -> None:
+def apply_gradients(network: nn.Module, optimizer: Optimizer, context: StepContext) -> None:
     """Average gradients over processes and step, unless one is not finite: then skip the step and say which.
 
     The official code turns NaN into 0 and goes on, which hides the fault: docs/fidelity.md#non-finite-gradients.
@@ -129,9 +131,11 @@ def apply_gradients(network: nn.Module, optimizer: Optimizer, stats: StatsCollec
     average_gradients_(p for _, p in named)
     is_finite = bool(torch.stack([p.grad.sum() for _, p in named]).isfinite().all())  # waits for the device
     kind = type(network).__name__
-    stats.report(f"Gradients/{kind}/skipped_steps", float(not is_finite))
+    context.stats.report(f"Gradients/{kind}/skipped_steps", float(not is_finite))
     if is_finite:
         optimizer.step()
     else:
         first = next((n for n, p in named if not p.grad.sum().isfinite()), "?")
-        print(f"Warning: {kind} got a gradient that is not finite (first: {first}); this step was skipped.")
+        context.warn(
+            f"Warning: {kind} got a gradient that is not finite (first: {first}); this step was skipped."
+        )

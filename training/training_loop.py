@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +18,9 @@ from torch_utils.seeding import seed_everything
 from torch_utils.stats import StatsCollector
 from training.config import OptimizerConfig, TrainConfig, to_json
 from training.dataset import ImageDataset, InfiniteSampler, make_loader
-from training.discriminator.projected import ProjectedDiscriminator
-from training.generator.generator import Generator
-from training.initialization import set_class_embeddings_, start_from_network_
+from training.initialization import build_networks
 from training.loss import GuidanceClassifier, ProjectedGANLoss
-from training.run_log import RunLog
+from training.run_log import RunLog, create_run_dir
 from training.snapshot import SampleGrid, Snapshots
 from training.train_step import Batch, StepContext, discriminator_step, generator_step, path_length_step
 
@@ -42,27 +39,26 @@ class Trainer:
     """One training run. `fit` trains and returns the run folder."""
 
     def __init__(
-        self, config: TrainConfig, dataset: ImageDataset, device: torch.device, run_dir: Path
+        self, config: TrainConfig, dataset: ImageDataset, device: torch.device, outdir: str, description: str
     ) -> None:
+        """Raises UserError for what cannot be built; the run folder is made only after that."""
         seed_everything(config.seed)
         configure_backends(config, device)
-        self.config, self.dataset, self.device, self.run_dir = config, dataset, device, run_dir
-        self.log = RunLog(run_dir, config.total_kimg)
-        (run_dir / "training_options.json").write_text(to_json(config) + "\n", encoding="utf-8")
-
-        self.log.print(f"Building networks for {dataset.name} on {device} ...")
-        self.G = Generator(config.generator).to(device)
-        self.D = ProjectedDiscriminator(config.discriminator, head_kind=config.loss).to(device)
-        set_class_embeddings_(self.G, self.D, config, dataset, device)
-        if config.resume is not None:
-            self.log.print(start_from_network_(self.G, self.D, config.resume))
-        self.G_ema: Generator = copy.deepcopy(self.G).eval().requires_grad_(False)
+        networks, origin = build_networks(config, dataset, device)
+        self.G, self.D, self.G_ema = networks.G, networks.D, networks.G_ema
+        self.config, self.dataset, self.device = config, dataset, device
+        self.run_dir = create_run_dir(outdir, description)
+        self.log = RunLog(self.run_dir, config.total_kimg)
+        self.log.print(f"Training on {dataset.name} on {device}. {origin}")
+        (self.run_dir / "training_options.json").write_text(to_json(config) + "\n", encoding="utf-8")
         self.G_optimizer = make_optimizer(self.G.parameters(), config.generator_optimizer)
         self.D_optimizer = make_optimizer(self.D.trainable_parameters(), config.discriminator_optimizer)
 
         guidance = GuidanceClassifier.pretrained().to(device) if config.loss_terms.cls_weight else None
         self.stats = StatsCollector()
-        self.context = StepContext(config, ProjectedGANLoss(config, guidance), self.stats)
+        self.context = StepContext(
+            config, ProjectedGANLoss(config, guidance), self.stats, warn=self.log.print
+        )
         self.sampler = InfiniteSampler(len(dataset), seed=config.seed, rank=rank(), num_replicas=world_size())
         self.local_batch_size = config.batch_size // world_size()
         self.loader = make_loader(
@@ -70,7 +66,7 @@ class Trainer:
         )
         self.labels = torch.as_tensor(dataset.labels) if dataset.c_dim else None
         self.grid = SampleGrid(dataset, self.G.z_dim, device)
-        self.snapshots = Snapshots(config, run_dir, dataset, self.log, device)
+        self.snapshots = Snapshots(config, self.run_dir, dataset, self.log, device)
         self.state = TrainState(pl_mean=torch.zeros((), device=device))
 
     def fit(self) -> Path:

@@ -224,10 +224,9 @@ def unconditional(config: TrainConfig) -> TrainConfig:
 
 
 def run(config: TrainConfig, run_dir: Path) -> Path:
-    run_dir.mkdir()
     data = config.data
     dataset = open_dataset(data.path, use_labels=data.use_labels, mirror=data.mirror, seed=data.seed)
-    return Trainer(config, dataset, CPU, run_dir).fit()
+    return Trainer(config, dataset, CPU, str(run_dir), "test").fit()
 
 
 def tensors_of(run_dir: Path) -> dict[str, torch.Tensor]:

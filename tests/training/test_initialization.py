@@ -23,7 +23,7 @@ from training.dataset import open_dataset
 from training.discriminator.feature_network import build_feature_network
 from training.discriminator.projected import ProjectedDiscriminator
 from training.generator.generator import Generator
-from training.initialization import class_mean_features, set_class_embeddings_, start_from_network_
+from training.initialization import Networks, class_mean_features, set_class_embeddings_, start_from_network_
 from training.network_io import save_network
 from training.presets import quickstart
 
@@ -166,17 +166,24 @@ def stored(tmp_path):
     return path, G_ema, G, D
 
 
+def start_from(G: Generator, D, path) -> tuple[str, Generator]:
+    """What start_from_network_ says, and the moving average that it filled."""
+    networks = Networks(G, D, Generator(G.cfg))
+    return start_from_network_(networks, str(path)), networks.G_ema
+
+
 def assert_equal_states(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_generator_starts_from_the_average_and_discriminator_from_its_own(stored):
-    path, G_ema, _, D = stored
+def test_every_network_starts_from_its_own_weights(stored):
+    path, G_ema, G, D = stored
     new_G, new_D = Generator(GENERATOR), make_discriminator("san")
-    message = start_from_network_(new_G, new_D, str(path))
+    message, new_G_ema = start_from(new_G, new_D, path)
     assert message == f"Started from {path}: generator and discriminator loaded."
-    assert_equal_states(new_G.state_dict(), G_ema.state_dict())
+    assert_equal_states(new_G_ema.state_dict(), G_ema.state_dict())
+    assert_equal_states(new_G.state_dict(), G.state_dict())
     assert_equal_states(new_D.trained_state_dict(), D.trained_state_dict())
     assert all(p.requires_grad for p in new_G.parameters())
 
@@ -186,8 +193,10 @@ def test_a_file_without_discriminator(tmp_path):
     save_network(path, G_ema)
     G, D = Generator(GENERATOR), make_discriminator("san")
     before = {name: value.clone() for name, value in D.state_dict().items()}
-    assert "D starts fresh" in start_from_network_(G, D, str(path))
+    message, new_G_ema = start_from(G, D, path)
+    assert "D starts fresh" in message
     assert_equal_states(G.state_dict(), G_ema.state_dict())
+    assert_equal_states(new_G_ema.state_dict(), G_ema.state_dict())
     assert_equal_states(D.state_dict(), before)
 
 
@@ -205,23 +214,33 @@ def test_another_generator_is_refused(stored, part, changes, message):
     G = Generator(other)
     before = {name: value.clone() for name, value in G.state_dict().items()}
     with pytest.raises(UserError, match=message) as error:
-        start_from_network_(G, make_discriminator("san"), str(stored[0]))
+        start_from(G, make_discriminator("san"), stored[0])
     assert str(stored[0]) in str(error.value) and "\n" not in str(error.value)
     assert_equal_states(G.state_dict(), before)
 
 
 def test_another_discriminator_is_refused(stored):
     with pytest.raises(ConfigError, match="built from another configuration"):
-        start_from_network_(Generator(GENERATOR), make_discriminator("gan"), str(stored[0]))
+        start_from(Generator(GENERATOR), make_discriminator("gan"), stored[0])
     wider = replace(DISCRIMINATOR, projected_channels=16)
     with pytest.raises(ConfigError, match="has shape"):
-        start_from_network_(Generator(GENERATOR), make_discriminator("san", wider), str(stored[0]))
+        start_from(Generator(GENERATOR), make_discriminator("san", wider), stored[0])
 
 
 def test_missing_and_foreign_files_are_refused(tmp_path):
     G, D = Generator(GENERATOR), make_discriminator("san")
     with pytest.raises(UserError, match="does not exist"):
-        start_from_network_(G, D, str(tmp_path / "absent.safetensors"))
+        start_from(G, D, tmp_path / "absent.safetensors")
     (tmp_path / "foreign.safetensors").write_bytes(json.dumps({}).encode())
     with pytest.raises(UserError, match=r"foreign\.safetensors"):
-        start_from_network_(G, D, str(tmp_path / "foreign.safetensors"))
+        start_from(G, D, tmp_path / "foreign.safetensors")
+
+
+def test_another_batch_size_is_no_reason_to_refuse(stored):
+    synthesis = replace(
+        GENERATOR.synthesis, magnitude_ema_beta=0.5
+    )  # what --batch changes in the configuration
+    message, _ = start_from(
+        Generator(replace(GENERATOR, synthesis=synthesis)), make_discriminator("san"), stored[0]
+    )
+    assert "loaded" in message

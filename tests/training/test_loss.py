@@ -11,7 +11,7 @@ from torch import nn
 import san
 from torch_utils.stats import StatsCollector
 from training.config import ConfigError, TrainConfig
-from training.loss import PAPER_GUIDANCE_MICROBATCH, GuidanceClassifier, ProjectedGANLoss, path_length_penalty
+from training.loss import PAPER_MICROBATCH_SIZE, GuidanceClassifier, ProjectedGANLoss, path_length_penalty
 from training.presets import stylegan_xl
 
 
@@ -118,7 +118,7 @@ def test_guidance_classifier_is_frozen_and_sees_normalized_images():
 @pytest.mark.parametrize("num_samples", [1, 4, 8])
 def test_the_papers_guidance_weight_means_one_per_sample(num_samples):
     """--cls_weight 8 weighs the guidance like one backbone's loss, whatever the micro-batch."""
-    assert PAPER_GUIDANCE_MICROBATCH == 8
+    assert PAPER_MICROBATCH_SIZE == 8
     config = make_config("san")
     config = replace(config, loss_terms=replace(config.loss_terms, cls_weight=8.0))
     stats, D = StatsCollector(), ConstantLogits(torch.full((num_samples, 4), 0.25))

@@ -21,7 +21,7 @@ from torch import nn
 from torch_utils.stats import StatsCollector
 from training.config import TrainConfig
 from training.discriminator.projected import ProjectedDiscriminator
-from training.loss import PAPER_GUIDANCE_MICROBATCH, GuidanceClassifier, ProjectedGANLoss
+from training.loss import PAPER_MICROBATCH_SIZE, GuidanceClassifier, ProjectedGANLoss
 from training.presets import stylegan_xl
 from training.train_step import Batch, StepContext, discriminator_step, generator_step, path_length_step
 
@@ -153,7 +153,7 @@ class Case:
         self.num_samples = len(self.golden["z"])
         self.config = make_config(kind, 10 if is_conditional else 0, self.num_samples)
         official_weight = float(self.golden["cls_weight"])
-        flag = official_weight * PAPER_GUIDANCE_MICROBATCH / self.num_samples
+        flag = official_weight * PAPER_MICROBATCH_SIZE / self.num_samples
         terms = replace(self.config.loss_terms, cls_weight=flag)
         self.config = replace(self.config, loss_terms=terms)
         self.D = UnfoldedDiscriminator(self.config.discriminator, kind, pretrained=False)
@@ -321,4 +321,4 @@ def test_path_length_matches_official(path_length):
     np.testing.assert_allclose(mean.item(), golden["pl/pl_mean_after"], rtol=1e-6)
     assert not mean.requires_grad
     for short, long in {"A": "mapping.A", "E": "mapping.E", "B": "synthesis.B"}.items():
-        check_stored(golden, f"pl/grad/{short}", G.get_parameter(long).grad)
+        check_stored(golden, f"pl/grad/{short}", G.get_parameter(long).grad * PAPER_MICROBATCH_SIZE)

@@ -280,12 +280,13 @@ def test_the_first_bad_parameter_is_named(bad, capsys):
     network[2].bias.grad = None
     network[1].weight.grad = torch.tensor([bad])
     stats, before = StatsCollector(), snapshot(network)
+    context = StepContext(config=None, loss=None, stats=stats)
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-    apply_gradients(network, optimizer, stats)
+    apply_gradients(network, optimizer, context)
     assert "Sequential" in (text := capsys.readouterr().out) and "(first: 1.weight)" in text
     assert not changed(network, before)
     network[1].weight.grad.zero_()
-    apply_gradients(network, optimizer, stats)
+    apply_gradients(network, optimizer, context)
     assert changed(network, before) == {"0.weight", "0.bias", "2.weight"}
     assert stats.flush()["Gradients/Sequential/skipped_steps"]["mean"] == 0.5
 
