@@ -86,7 +86,8 @@ def class_mean_features(dataset: ImageDataset, device: torch.device) -> Tensor:
             features = network.pooled_features(images.to(device).float() / 127.5 - 1, resolution)
             rows[class_id], seen[class_id] = features.mean(dim=0).cpu(), True
     rows[~seen] = rows[seen].mean(dim=0)
-    return (rows - rows.mean(dim=0)) / (rows.std(dim=0, correction=0) + STANDARDIZING_EPS)
+    rows = rows.double()
+    return ((rows - rows.mean(dim=0)) / (rows.std(dim=0, correction=0) + STANDARDIZING_EPS)).float()
 
 
 def start_from_network_(networks: Networks, path: str) -> str:

@@ -21,7 +21,7 @@ STYLEGAN_XL_FLAGS = shlex.split(
     --dlr --map-depth --desc --metrics --kimg --tick --snap --seed --fp32 --nobench --workers -n --dry-run
     --restart_every --stem --syn_layers --superres --path_stem --head_layers --cls_weight --up_factor"""
 )
-OWN_FLAGS = ["--loss", "--preset", "--device", "--embedding", "--official-bn"]
+OWN_FLAGS = ["--loss", "--preset", "--device", "--embedding", "--official-bn", "--backbones"]
 QUICKSTART = ("--preset", "quickstart", "--embedding", "random", "--device", "cpu")
 
 
@@ -241,7 +241,7 @@ def test_preset_on_other_data(tiny_folder):
         (["--metrics", "fd_lite1"], "metric 'fd_lite1' is not available; valid metrics: fd_lite0"),
         (["--metrics", "fid50k_full"], "needs the Inception network, which comes with a later release"),
         (["--data", "absent.zip"], "absent.zip: no such file or folder"),
-        (["--cls_weight", "8"], "--cls_weight needs the 1,000 ImageNet classes, digits has 10"),
+        (["--cls_weight", "8"], "--cls_weight needs the 1,000 ImageNet classes; digits has 10"),
         (["--resume", "absent.safetensors"], "absent.safetensors does not exist"),
         (["--resume", "net.pkl"], "net.pkl"),
         (["--embedding", "absent.npy"], "absent.npy"),

@@ -131,7 +131,10 @@ def test_tensorboard_events(command):
 def test_log(command):
     text = (command[0] / "log.txt").read_text()
     assert re.findall(r"^tick (\d+) ", text, flags=re.MULTILINE) == ["0", "1", "2"]
-    assert "Building networks for digits on cpu" in text and "fd_lite0 5 at 0.048 kimg" in text
+    assert (
+        "Training on digits on cpu. Networks start from random weights." in text
+        and "fd_lite0 5 at 0.048 kimg" in text
+    )
     assert "Warning" not in text
 
 

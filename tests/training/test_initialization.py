@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from torch_utils.errors import UserError
@@ -23,7 +24,13 @@ from training.dataset import open_dataset
 from training.discriminator.feature_network import build_feature_network
 from training.discriminator.projected import ProjectedDiscriminator
 from training.generator.generator import Generator
-from training.initialization import Networks, class_mean_features, set_class_embeddings_, start_from_network_
+from training.initialization import (
+    Networks,
+    build_networks,
+    class_mean_features,
+    set_class_embeddings_,
+    start_from_network_,
+)
 from training.network_io import save_network
 from training.presets import quickstart
 
@@ -72,7 +79,13 @@ def features(lite0, monkeypatch):
         return lite0
 
     monkeypatch.setattr(initialization, "build_feature_network", build)
-    return lambda image: lite0.pooled_features(image[None].float() / 127.5 - 1, 128)[0]
+    return lambda image: lite0.pooled_features(image[None].float() / 127.5 - 1, 64)[0]
+
+
+def standardized(rows: torch.Tensor) -> torch.Tensor:
+    """Every feature with mean 0 and variance 1 over classes, unless it hardly varies."""
+    centered = rows - rows.mean(dim=0)
+    return centered / (centered.square().mean(dim=0).sqrt() + initialization.STANDARDIZING_EPS)
 
 
 def tables(D: ProjectedDiscriminator) -> list[torch.Tensor]:
@@ -82,31 +95,54 @@ def tables(D: ProjectedDiscriminator) -> list[torch.Tensor]:
 # Class means.
 
 
-def test_rows_are_class_means(features, tiny_folder):
+def test_rows_are_standardized_class_means(features, tiny_folder):
     dataset = open_dataset(tiny_folder, use_labels=True)
     rows = class_mean_features(dataset, CPU)
     assert rows.shape == (NUM_CLASSES, 320) and rows.dtype == torch.float32
+    means = []
     for class_id in range(NUM_CLASSES):
-        members = [image for image, label in dataset if label == class_id]
-        expected = torch.stack([features(image) for image in members]).mean(dim=0)
-        torch.testing.assert_close(rows[class_id], expected, rtol=1e-4, atol=1e-5)
-    assert (rows[0] - rows[1]).abs().max() > 0.1
+        members = [features(image) for image, label in dataset if label == class_id]
+        assert len(members) == 2
+        means.append(torch.stack(members).mean(dim=0))
+    torch.testing.assert_close(rows, standardized(torch.stack(means)), rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(rows.mean(dim=0), torch.zeros(320), rtol=0, atol=1e-5)
+    assert rows.std(dim=0, correction=0).max() == pytest.approx(1, abs=0.01)
     rows.requires_grad_()  # an inference tensor would refuse
+
+
+@pytest.mark.parametrize(("resolution", "expected"), [(16, 64), (128, 128), (512, 224)])
+def test_images_are_seen_at_a_reasonable_size(monkeypatch, write_dataset, resolution, expected):
+    seen = []
+
+    class Spy(nn.Module):
+        channels = (320,)
+
+        def pooled_features(self, images, resolution):
+            seen.append(resolution)
+            return torch.zeros(len(images), 320)
+
+    monkeypatch.setattr(initialization, "build_feature_network", lambda name, pretrained: Spy())
+    image = Image.new("RGB", (resolution, resolution))
+    path = write_dataset("images", {"a.png": image, "b.png": image}, {"a.png": 0, "b.png": 1})
+    rows = class_mean_features(open_dataset(path, use_labels=True), CPU)
+    assert seen == [expected, expected]
+    assert torch.equal(rows, torch.zeros(2, 320))  # features that do not vary give no NaN
 
 
 def test_a_class_without_images_gets_the_mean_of_the_others(features, write_dataset, tiny_images):
     names = list(tiny_images)
     path = write_dataset("gap", tiny_images, {name: 2 * (i % 2) for i, name in enumerate(names)})
     rows = class_mean_features(open_dataset(path, use_labels=True), CPU)
-    torch.testing.assert_close(rows[1], (rows[0] + rows[2]) / 2)
+    assert rows[0].abs().max() > 0.5
+    torch.testing.assert_close(rows[1], (rows[0] + rows[2]) / 2, rtol=0, atol=1e-4)
 
 
 def test_large_classes_are_sampled(features, tiny_folder, monkeypatch):
     monkeypatch.setattr(initialization, "MAX_IMAGES_PER_CLASS", 1)
     dataset = open_dataset(tiny_folder, use_labels=True)
-    rows = class_mean_features(dataset, CPU)
-    first = next(image for image, label in dataset if label == 2)
-    torch.testing.assert_close(rows[2], features(first), rtol=1e-4, atol=1e-5)
+    firsts = [next(image for image, label in dataset if label == k) for k in range(NUM_CLASSES)]
+    expected = standardized(torch.stack([features(image) for image in firsts]))
+    torch.testing.assert_close(class_mean_features(dataset, CPU), expected, rtol=1e-3, atol=2e-3)
 
 
 # Tables.
@@ -244,3 +280,28 @@ def test_another_batch_size_is_no_reason_to_refuse(stored):
         Generator(replace(GENERATOR, synthesis=synthesis)), make_discriminator("san"), stored[0]
     )
     assert "loaded" in message
+
+
+def test_networks_are_ready_for_the_first_step(features, tiny_folder):
+    dataset = open_dataset(tiny_folder, use_labels=True)
+    networks, origin = build_networks(make_config("random"), dataset, CPU)
+    assert origin == "Networks start from random weights."
+    assert_equal_states(networks.G_ema.state_dict(), networks.G.state_dict())
+    assert networks.G.training and networks.D.training and not networks.G_ema.training
+    assert all(p.requires_grad for p in networks.G.parameters())
+    assert not any(p.requires_grad for p in networks.G_ema.parameters())
+    assert not any(
+        p.requires_grad for p in networks.D.parameters()
+    )  # else the first G step would fill gradients
+
+
+def test_building_from_a_file(stored, tiny_folder):
+    path, G_ema, G, D = stored
+    config = replace(make_config("data"), resume=str(path))
+    networks, origin = build_networks(config, open_dataset(tiny_folder, use_labels=True), CPU)
+    assert origin.startswith(f"Started from {path}")
+    # The file's class table, not the one computed from the data, stands in the end.
+    assert_equal_states(networks.G.state_dict(), G.state_dict())
+    assert_equal_states(networks.G_ema.state_dict(), G_ema.state_dict())
+    assert_equal_states(networks.D.trained_state_dict(), D.trained_state_dict())
+    assert not any(p.requires_grad for p in networks.G_ema.parameters())
