@@ -107,17 +107,26 @@ def quickstart() -> TrainConfig:
     """Class-conditional SAN on scikit-learn's digits, sized for two CPU cores and ten minutes.
 
     python train.py --loss san --preset quickstart
+    Two CPU cores, some six minutes. What it reaches, and how that was measured: README.md.
+
+    Four choices make it learn so fast. Every network works at a small size: features of 32x32 images, layers that
+    start at one cycle per image. Learning rates differ by 4, because G's normalised weights of size 1 move relatively
+    slower than D's. Only the two finest feature levels have heads, but nonlinear ones: linear heads match class means,
+    and every image of a class comes out alike. The blur lasts half of the run.
     """
     return TrainConfig(
         data=DataConfig(path="digits", use_labels=True, num_workers=0),
         generator=GeneratorConfig(
-            mapping=MappingConfig(z_dim=64, w_dim=128, c_dim=10, num_embeddings=10),
+            mapping=MappingConfig(z_dim=16, w_dim=128, c_dim=10, num_embeddings=10),
             synthesis=SynthesisConfig(
                 img_resolution=16,
                 channel_base=1024,
                 channel_max=32,
                 num_layers=5,
-                margin_size=3,
+                first_cutoff=1.0,
+                first_stopband=1.9,
+                margin_size=2,
+                conv_clamp=None,
                 num_fp16_res=0,
             ),
         ),
@@ -125,23 +134,25 @@ def quickstart() -> TrainConfig:
             img_resolution=16,
             c_dim=10,
             backbones=("tf_efficientnet_lite0",),
-            feature_resolution=64,
-            nominal_resolution=64,
+            feature_resolution=32,
+            nominal_resolution=32,
             projected_channels=32,
+            num_levels=2,
             head_resolution=4,
-            max_head_channels=64,
+            max_head_channels=128,
             num_class_embeddings=10,
         ),
-        loss_terms=LossConfig(blur_init_sigma_px=1.0, blur_fade_kimg=4.0, pl_weight=0.0),
-        generator_optimizer=OptimizerConfig(lr=GENERATOR_LR),
-        discriminator_optimizer=OptimizerConfig(lr=DISCRIMINATOR_LR),
+        loss_terms=LossConfig(blur_init_sigma_px=2.0, blur_fade_kimg=20.0, pl_weight=0.0),
+        generator_optimizer=OptimizerConfig(lr=0.004),
+        discriminator_optimizer=OptimizerConfig(lr=0.001),
         embedding_source="data",
         batch_size=32,
         microbatch_size=32,
-        total_kimg=40,
+        total_kimg=34,
         tick_kimg=2,
-        snapshot_ticks=5,
+        snapshot_ticks=0,
         metrics=("fd_lite0",),
+        evaluate_at_start=True,
         ema_halflife_kimg=1.0,
     )
 

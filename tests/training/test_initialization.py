@@ -107,7 +107,6 @@ def test_rows_are_standardized_class_means(features, tiny_folder):
     torch.testing.assert_close(rows, standardized(torch.stack(means)), rtol=1e-3, atol=2e-3)
     torch.testing.assert_close(rows.mean(dim=0), torch.zeros(320), rtol=0, atol=1e-5)
     assert rows.std(dim=0, correction=0).max() == pytest.approx(1, abs=0.01)
-    rows.requires_grad_()  # an inference tensor would refuse
 
 
 @pytest.mark.parametrize(("resolution", "expected"), [(16, 64), (128, 128), (512, 224)])
