@@ -62,6 +62,8 @@ def check_refused(flags: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{', '.join(missing)} missing; give a value, or start from --preset quickstart"
             )
+    elif flags["data"] is None and not PRESETS[flags["preset"]]().data.path:
+        raise ConfigError(f"--data missing; --preset {flags['preset']} needs the zip or folder of its images")
     elif flags["cfg"] is not None:
         raise ConfigError(
             f"--cfg {flags['cfg']} and --preset {flags['preset']} both choose the layers; give one of them"

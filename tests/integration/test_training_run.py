@@ -321,6 +321,23 @@ def test_unconditional_with_path_length_and_style_mixing(tmp_path):
     assert load_pixels(run_dir / "reals.png").shape == (rows * 16, columns * 16, 3)
 
 
+def test_a_fault_found_while_building_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        run(tiny_config(resume=str(tmp_path / "absent.safetensors")), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="the guidance classifier is built after the run folder")
+def test_missing_guidance_weights_leave_no_folder(tmp_path, monkeypatch):
+    def pretrained():
+        raise UserError("no pretrained weights")
+
+    monkeypatch.setattr("training.training_loop.GuidanceClassifier.pretrained", pretrained)
+    with pytest.raises(UserError, match="no pretrained weights"):
+        run(tiny_config(loss_terms=LossConfig(cls_weight=8.0)), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 # Run folders.
 
 
