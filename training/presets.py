@@ -152,7 +152,7 @@ def quickstart() -> TrainConfig:
         microbatch_size=32,
         total_kimg=40,
         tick_kimg=2,
-        snapshot_ticks=0,
+        snapshot_ticks=10,
         metrics=("fd_lite0",),
         evaluate_at_start=True,
         ema_halflife_kimg=1.0,
