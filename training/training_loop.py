@@ -45,6 +45,7 @@ class Trainer:
         seed_everything(config.seed)
         configure_backends(config, device)
         networks, origin = build_networks(config, dataset, device)
+        guidance = GuidanceClassifier.pretrained().to(device) if config.loss_terms.cls_weight else None
         self.G, self.D, self.G_ema = networks.G, networks.D, networks.G_ema
         self.config, self.dataset, self.device = config, dataset, device
         self.run_dir = create_run_dir(outdir, description)
@@ -54,7 +55,6 @@ class Trainer:
         self.G_optimizer = make_optimizer(self.G.parameters(), config.generator_optimizer)
         self.D_optimizer = make_optimizer(self.D.trainable_parameters(), config.discriminator_optimizer)
 
-        guidance = GuidanceClassifier.pretrained().to(device) if config.loss_terms.cls_weight else None
         self.stats = StatsCollector()
         self.context = StepContext(
             config, ProjectedGANLoss(config, guidance), self.stats, warn=self.log.print

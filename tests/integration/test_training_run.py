@@ -327,7 +327,6 @@ def test_a_fault_found_while_building_leaves_no_folder(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="the guidance classifier is built after the run folder")
 def test_missing_guidance_weights_leave_no_folder(tmp_path, monkeypatch):
     def pretrained():
         raise UserError("no pretrained weights")

@@ -23,14 +23,21 @@ def make_config(kind: str) -> TrainConfig:
 
 def test_path_length_of_a_linear_generator():
     """images = w M: the gradient of sum(images * noise) is M noise, whatever w is."""
-    M, ws = torch.randn(5, 12), torch.randn(3, 2, 5, requires_grad=True)
+    M, ws = torch.randn(5, 12, requires_grad=True), torch.randn(3, 2, 5, requires_grad=True)
     noise = torch.randn(3, 3, 2, 2)
     images = (ws.sum(dim=1) @ M).view(3, 3, 2, 2)
+    penalty, new_mean = path_length_penalty(images, ws, noise, torch.tensor(0.5), decay=0.1)
     lengths = (noise.flatten(1) @ M.T).norm(dim=1)
     mean = 0.9 * 0.5 + 0.1 * lengths.mean()
-    penalty, new_mean = path_length_penalty(images, ws, noise, torch.tensor(0.5), decay=0.1)
-    torch.testing.assert_close(new_mean, mean)
-    torch.testing.assert_close(penalty, (lengths - mean).square())
+    torch.testing.assert_close(new_mean, mean.detach())
+    expected = (lengths - mean).square()
+    torch.testing.assert_close(penalty, expected)
+    actual_gradient, expected_gradient, gradient_past_the_mean = (
+        torch.autograd.grad(x.sum(), M, retain_graph=True)[0]
+        for x in (penalty, expected, (lengths - mean.detach()).square())
+    )
+    torch.testing.assert_close(actual_gradient, expected_gradient)  # the mean sends gradients too
+    assert (actual_gradient - gradient_past_the_mean).abs().max() > 0.05 * actual_gradient.abs().max()
 
 
 class ConstantLogits(nn.Module):
