@@ -5,7 +5,12 @@ python train.py --loss san --preset quickstart
 python train.py --loss san --cfg stylegan3-t --data my_images.zip --batch 64 --batch-gpu 8
 """
 
+import os
 from typing import Any
+
+# Read once, when torch loads its OpenMP library. By default idle threads spin, and a process that shares a core with
+# another then takes several times as long per step; sleeping ones cost that core's share only.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
 

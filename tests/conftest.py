@@ -11,9 +11,9 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "2"
-)  # before torch is imported: also for the processes that tests start
+# Before torch is imported: also for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 
 import numpy as np
 import pytest
