@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from training.image_grid import plan_grid, save_image_grid
 from training.network_io import save_network
 from training.run_log import RunLog
 from training.sampling import seeded_sampler
+
+if TYPE_CHECKING:
+    from metrics.evaluate import ImageSet
 
 SAMPLING_BATCH_SIZE = 64  # images per forward pass of G_ema outside training
 GRID_SEED, METRIC_SEED = 0, 1  # of the latents: the same in every run, so that pictures and values compare
@@ -69,18 +74,24 @@ class Snapshots:
             return values
         from metrics import evaluate  # training without metrics must not need the package
 
-        real = self.dataset.reference_set()
-        reference = evaluate.ImageSet(len(real), real.fingerprint(), real.image_batches)
         for name in self.config.metrics:
             start = time.time()
             sampler = seeded_sampler(G_ema, METRIC_SEED, self.device)
-            results = evaluate.compute(name, reference, sampler, device=self.device)
+            results = evaluate.compute(name, self._reference, sampler, device=self.device)
             seconds = time.time() - start
             self.log.write_metric(name, results, cur_nimg, snapshot, seconds)
             shown = ", ".join(f"{key} {value:.4g}" for key, value in results.items())
             self.log.print(f"{shown} at {cur_nimg / 1000:g} kimg ({seconds:.0f} s)")
             values.update(results)
         return values
+
+    @functools.cached_property
+    def _reference(self) -> ImageSet:
+        """All real images, unmirrored. Made once per run: the fingerprint of a folder reads every file."""
+        from metrics.evaluate import ImageSet
+
+        real = self.dataset.reference_set()
+        return ImageSet(len(real), real.fingerprint(), real.image_batches)
 
     def save(
         self,
