@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -63,11 +64,34 @@ class SynthesisConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuperresConfig:
+    """One super-resolution stage: the last layers below it go, a head of new layers comes (StyleGAN-XL).
+
+    What is not here, such as channels and margins, the head takes from the stem's SynthesisConfig.
+    """
+
+    up_factor: int  # new resolution relative to the one below: 2, 4, 8 or 16
+    head_layers: int  # new layers before ToRGB
+    conv_kernel: int = 3  # 3 for stylegan3-t, 1 for stylegan3-r; may differ from the stem's
+    use_radial_filters: bool = False  # radially symmetric downsampling filters (stylegan3-r)
+    conv_clamp: float | None = (
+        256.0  # bound on activations in the head; the official one, whatever the stem's
+    )
+    magnitude_ema_beta: float = 0.999  # decay of the head's running input magnitude, per update
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
     """Everything needed to build a generator; stored in every network file."""
 
     mapping: MappingConfig = field(default_factory=MappingConfig)  # latent -> style vectors
-    synthesis: SynthesisConfig  # style vectors -> images
+    synthesis: SynthesisConfig  # style vectors -> images, of the stem
+    superres: tuple[SuperresConfig, ...] = ()  # super-resolution stages on top of the stem, in order
+
+    @property
+    def img_resolution(self) -> int:
+        """Side of the final images, pixels."""
+        return self.synthesis.img_resolution * math.prod(stage.up_factor for stage in self.superres)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +192,10 @@ class TrainConfig:
     )
     seed: int = 0  # of weights, latents and augmentation
     resume: str | None = None  # network file to start from
+    path_stem: str | None = None  # network file under the last super-resolution stage; None = trains a stem
+    trains_stem_input: bool = (
+        False  # a stage also trains the stem's Fourier features; official, in paper presets
+    )
     benchmark: bool = True  # let cuDNN pick kernels by timing them
 
     def validate(self, world_size: int = 1) -> None:
@@ -205,10 +233,12 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     kwargs = {}
     for name, value in values.items():
         hint = hints[name]
+        items = typing.get_args(hint)  # of tuple[SuperresConfig, ...]: the dataclass and an ellipsis
         if dataclasses.is_dataclass(hint):
             value = from_dict(hint, value)
         elif isinstance(value, list):
-            value = tuple(value)
+            is_nested = bool(items) and dataclasses.is_dataclass(items[0])
+            value = tuple(from_dict(items[0], item) if is_nested else item for item in value)
         kwargs[name] = value
     try:
         return cls(**kwargs)

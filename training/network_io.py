@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from torch_utils.checkpoint import atomic_write
 from torch_utils.errors import UserError
-from training.config import ConfigError, GeneratorConfig, TrainConfig, from_json, to_json
+from training.config import (
+    ConfigError,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    TrainConfig,
+    from_dict,
+    from_json,
+    to_json,
+)
 from training.generator.generator import Generator
 
 FORMAT_VERSION = "1"
@@ -45,6 +53,8 @@ class NetworkFile:
     G_ema: dict[str, Tensor]  # averaged generator, the one to sample from
     G: dict[str, Tensor] | None  # generator as trained; None = not in the file
     D: dict[str, Tensor] | None  # trainable part of the discriminator; None = not in the file
+    discriminator_config: DiscriminatorConfig | None  # builds D; None = D is not in the file
+    head_kind: Literal["san", "gan"] | None  # of D's heads; None = D is not in the file
     info: dict[str, Any]  # progress and results: "cur_nimg", "class_names", "metrics" when known
 
     @property
@@ -102,13 +112,17 @@ def read_network(path: str | os.PathLike[str]) -> NetworkFile:
     """Everything in a network file or built-in network. NetworkFileError when it cannot be used."""
     path = resolve_path(path)
     metadata = _read_metadata(path)
+    D = _read_tensors(path, "D") or None
+    trained = json.loads(metadata["train"]) if D is not None and "train" in metadata else None
     return NetworkFile(
         path=path,
         generator_config=_generator_config(path, metadata),
         train_config_json=metadata.get("train"),
         G_ema=_read_tensors(path, "G_ema"),
         G=_read_tensors(path, "G") or None,
-        D=_read_tensors(path, "D") or None,
+        D=D,
+        discriminator_config=trained and from_dict(DiscriminatorConfig, trained["discriminator"]),
+        head_kind=trained and trained["loss"],
         info=json.loads(metadata.get("info", "{}")),
     )
 
