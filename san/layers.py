@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from san.logits import SANLogits
 
@@ -51,6 +52,15 @@ class SANLayer(nn.Module):
         """Replace the weight by its unit directions, in place. The layer's output does not change."""
         self.weight.copy_(split_norms(self.weight)[0])
 
+    def is_frozen(self) -> bool:
+        """Nothing can train the direction now (no_grad, a frozen D in the generator's step): dir comes free.
+
+        `torch.func` puts plain tensors in the place of parameters and hides that they are differentiated, so
+        only a real parameter that does not require grad counts as frozen.
+        """
+        is_fixed = isinstance(self.weight, nn.Parameter) and not self.weight.requires_grad
+        return is_fixed or not torch.is_grad_enabled()
+
 
 class _SANProduct(SANLayer):
     """Forward pass of the linear and convolutional layers; a subclass supplies the operator itself."""
@@ -67,9 +77,7 @@ class _SANProduct(SANLayer):
             x = x + self.bias.view(-1, *channel_last_axes)
         directions, _ = split_norms(self.weight)
         fun = self.operate(x, directions.detach()) * scale
-        if (
-            not directions.requires_grad
-        ):  # no_grad, or a frozen D in the generator's step: the second pass is free
+        if self.is_frozen():
             return SANLogits(fun, fun.detach())
         return SANLogits(fun, self.operate(x.detach(), directions) * scale.detach())
 
@@ -191,14 +199,13 @@ class SANConv2d(_SANConv):
 class SANEmbedding(SANLayer):
     """One direction and one scale per class: int64 (...) -> SANLogits of (..., embedding_dim).
 
-    The two views are class vectors rather than logits; `project` turns them and the features into logits.
+    The two views are class vectors rather than logits; `san.project` turns them and the features into logits.
     Starts as `nn.Embedding`, rows N(0, 1). Parameters: weight (num_embeddings, embedding_dim),
     scale (num_embeddings, 1).
 
-    >>> embed = SANEmbedding(10, 64)
-    >>> logits = project(torch.randn(4, 64), embed(torch.tensor([0, 9, 3, 3])))
-    >>> logits.shape
-    torch.Size([4])
+    >>> class_vectors = SANEmbedding(10, 64)(torch.tensor([0, 9, 3, 3]))
+    >>> class_vectors.shape
+    torch.Size([4, 64])
     """
 
     def __init__(
@@ -217,38 +224,12 @@ class SANEmbedding(SANLayer):
         rows = F.embedding(labels, self.weight)  # looked up first: only the rows in use are normalised
         directions = split_norms(rows.reshape(-1, self.embedding_dim))[0].view_as(rows)
         fun = directions.detach() * scale
-        if not directions.requires_grad:
+        if self.is_frozen():
             return SANLogits(fun, fun.detach())
         return SANLogits(fun, directions * scale.detach())
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
-
-
-def project(h: Tensor, w: SANLogits) -> SANLogits:
-    """Logits of a projection-conditional head: the inner product of features and class vectors over channels.
-
-    h: features (N, C, ...). w: class vectors (N, C), normally from a `SANEmbedding`. Returns SANLogits of
-    (N, ...); every position of a feature map meets the same class vector. `fun` trains h and the scales of w,
-    `dir` the directions of w. Divide by sqrt(C) afterwards for the head of StyleSAN-XL.
-
-    Raises ValueError when the batch or channel sizes differ.
-
-    >>> w = SANEmbedding(10, 64)(torch.tensor([1, 7]))
-    >>> logits = project(torch.randn(2, 64, 4, 4), w) / 64**0.5
-    >>> logits.shape
-    torch.Size([2, 4, 4])
-    """
-    if w.ndim != 2 or h.shape[:2] != w.shape:
-        raise ValueError(
-            f"project() got features {tuple(h.shape)} and class vectors {tuple(w.shape)}: "
-            "class vectors must be (N, C) and features (N, C, ...) with the same N and C"
-        )
-    trailing_axes = (1,) * (h.ndim - 2)
-    fun = (h * w.fun.view(*w.shape, *trailing_axes)).sum(1)
-    if not w.dir.requires_grad:
-        return SANLogits(fun, fun.detach())
-    return SANLogits(fun, (h.detach() * w.dir.view(*w.shape, *trailing_axes)).sum(1))
 
 
 def normalize_directions_(module: nn.Module) -> int:
@@ -267,3 +248,28 @@ def normalize_directions_(module: nn.Module) -> int:
     for layer in layers:
         layer.normalize_directions_()
     return len(layers)
+
+
+def keep_normalized(optimizer: torch.optim.Optimizer, D: nn.Module) -> RemovableHandle:
+    """Call `normalize_directions_(D)` after every step of D's optimizer from now on.
+
+    Returns the handle of the step hook; `handle.remove()` ends it. A step that a GradScaler skips is followed
+    by nothing.
+
+    Raises ValueError when D has no SAN layer, or when the optimizer does not hold D's directions, as happens
+    when it was built before `sanify`.
+
+    >>> D = nn.Sequential(nn.Linear(8, 8), SANLinear(8, 1))
+    >>> handle = keep_normalized(torch.optim.Adam(D.parameters()), D)
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    layers = {name: m for name, m in D.named_modules() if isinstance(m, SANLayer)}
+    if not layers:
+        raise ValueError("keep_normalized() found no SAN layer in D: call san.sanify(D) first")
+    for name, layer in layers.items():
+        if id(layer.weight) not in held:
+            raise ValueError(
+                f"the optimizer does not hold the direction of {name or 'D'}: build it after san.sanify(D), "
+                "from D.parameters()"
+            )
+    return optimizer.register_step_post_hook(lambda *_: normalize_directions_(D))

@@ -7,6 +7,7 @@ of a discriminator with two objectives at once. Every head returns one `SANLogit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Real
@@ -16,12 +17,23 @@ import torch
 from torch import Tensor
 
 # Names of torch functions that act on both views. All are linear, so the values stay equal and each view
-# keeps its own gradient route. Joining, multiplication and division have more operands to check.
-_SHAPE = {"reshape", "flatten", "squeeze", "unsqueeze", "permute", "transpose", "unbind", "split", "chunk"}
-_ONE_OPERAND = _SHAPE | {"detach", "sum", "mean", "neg", "negative"}
+# keeps its own gradient route. Joining and arithmetic have more operands to check.
+_SHAPE = """
+    reshape flatten unflatten squeeze unsqueeze permute transpose swapaxes movedim unbind split chunk
+    select narrow index_select gather flip repeat repeat_interleave
+"""
+_LINEAR = """
+    detach clone cuda sum mean neg negative
+    avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d interpolate
+"""
+_ONE_OPERAND = {*_SHAPE.split(), *_LINEAR.split()}
 _JOIN = {"cat", "concat", "concatenate", "stack"}
-_MULTIPLY = {"mul", "multiply", "__mul__", "__rmul__"}
-_DIVIDE = {"div", "divide", "true_divide", "__truediv__"}
+_ARITHMETIC = {  # torch's name -> ours, with SANLogits on the left and on the right
+    **dict.fromkeys(("add", "__add__", "__radd__"), ("__add__", "__radd__")),
+    **dict.fromkeys(("sub", "subtract", "__sub__"), ("__sub__", "__rsub__")),
+    **dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__"), ("__mul__", "__rmul__")),
+    **dict.fromkeys(("div", "divide", "true_divide", "__truediv__"), ("__truediv__", "__rtruediv__")),
+}
 
 
 class _UnsupportedOperationError(TypeError, AttributeError):
@@ -37,9 +49,10 @@ class SANLogits:
 
     Both are floating-point tensors of one shape, any number of dimensions. Linear operations that a
     discriminator applies to its logits work on both views: view, reshape, flatten, squeeze, unsqueeze,
-    permute, transpose, expand, contiguous, indexing, iteration over the batch, split, chunk, unbind, sum,
-    mean, to/float/half/..., detach, and multiplication or division by a constant: a number, or a tensor that
-    does not require grad. `torch.cat`, `torch.stack` and the `torch.` forms of the above work too.
+    permute, transpose, expand, contiguous, indexing, iteration over the batch, split, chunk, unbind, select,
+    gather, repeat, ..., sum, mean, average pooling, interpolation, to/float/half/..., detach; sums and
+    differences of heads; and addition of, multiplication or division by a constant: a number, or a tensor
+    that does not require grad. `torch.cat`, `torch.stack` and the `torch.` forms of the above work too.
 
     Unpacking walks over the batch, as for a tensor: write `logits.fun, logits.dir`, not `fun, dir = logits`.
 
@@ -181,7 +194,7 @@ class SANLogits:
     def detach(self) -> SANLogits:
         return _on_both(Tensor.detach, self)
 
-    # Arithmetic: linear only.
+    # Arithmetic: heads are added, constants scale and shift.
 
     def sum(self, *args: Any, **kwargs: Any) -> SANLogits:
         return _on_both(Tensor.sum, self, *args, **kwargs)
@@ -191,6 +204,26 @@ class SANLogits:
 
     def __neg__(self) -> SANLogits:
         return _on_both(Tensor.neg, self)
+
+    def __add__(self, addend: SANLogits | Real | Tensor) -> SANLogits:
+        _require_addend(addend, "addition")
+        return _on_both(torch.add, self, addend)
+
+    def __radd__(self, addend: Real | Tensor) -> SANLogits:
+        if isinstance(addend, list):
+            return NotImplemented  # `rows += logits` extends a list by the samples, as with a tensor
+        return self + addend
+
+    add = __add__
+
+    def __sub__(self, addend: SANLogits | Real | Tensor) -> SANLogits:
+        _require_addend(addend, "subtraction")
+        return _on_both(torch.sub, self, addend)
+
+    def __rsub__(self, addend: Real | Tensor) -> SANLogits:
+        return -self + addend
+
+    sub = __sub__
 
     def __mul__(self, factor: Real | Tensor) -> SANLogits:
         _require_constant(factor, "multiplication")
@@ -221,14 +254,15 @@ class SANLogits:
         if name in _JOIN:
             _require_all_san(args[0] if args else kwargs["tensors"], name)
             return _on_both(func, *args, **kwargs)
-        if name in _MULTIPLY and len(args) == 2 and not kwargs:
-            return args[0] * args[1] if isinstance(args[0], cls) else args[1] * args[0]
-        if name in _DIVIDE and len(args) == 2 and not kwargs and isinstance(args[0], cls):
-            return args[0] / args[1]
+        if name in _ARITHMETIC and len(args) == 2 and not kwargs:
+            (left, right), (method, reflected) = args, _ARITHMETIC[name]
+            return getattr(left, method)(right) if isinstance(left, cls) else getattr(right, reflected)(left)
         return _unsupported(name)
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(Tensor, name) and not name.startswith("__"):
+            if name in _ONE_OPERAND:  # the rarer ones; the common ones are methods above
+                return functools.partial(_on_both, getattr(Tensor, name), self)
             _unsupported(name)
         raise AttributeError(f"'SANLogits' object has no attribute '{name}'")
 
@@ -257,12 +291,26 @@ def _require_constant(operand: Any, operation: str) -> None:
     if isinstance(operand, Tensor) and operand.requires_grad:
         raise TypeError(
             f"{operation} of SANLogits by a tensor that requires grad is ambiguous: write "
-            "SANLogits(logits.fun * factor, logits.dir * factor.detach()), or use factor.detach()"
+            "SANLogits(logits.fun * factor, logits.dir * factor.detach()), or use factor.detach(); "
+            "an inner product of features and class vectors is san.project(features, class_vectors)"
         )
     if not isinstance(operand, (Real, Tensor)):
         raise TypeError(
             f"{operation} of SANLogits by a {type(operand).__name__}: only by a number, or by a tensor that "
             "does not require grad; use .fun for losses and inference, .dir for the direction term"
+        )
+
+
+def _require_addend(operand: Any, operation: str) -> None:
+    if isinstance(operand, Tensor) and operand.requires_grad:
+        raise TypeError(
+            f"{operation} of SANLogits and a tensor that requires grad: wrap a plain head's logits with "
+            "SANLogits.plain(tensor), or add .fun (for losses, inference) and .dir apart"
+        )
+    if not isinstance(operand, (SANLogits, Real, Tensor)):
+        raise TypeError(
+            f"{operation} of SANLogits and a {type(operand).__name__}: only of SANLogits, a number, or a tensor "
+            "that does not require grad; use .fun for losses and inference, .dir for the direction term"
         )
 
 
@@ -279,7 +327,7 @@ def _unsupported(name: str) -> NoReturn:
     raise _UnsupportedOperationError(
         f"SANLogits does not support '{name}': its two views train different parameters. Use .fun for "
         "generator losses, logging and inference, .dir for the discriminator's direction term (see "
-        "san.losses); to combine heads, build SANLogits(fun=..., dir=...) from their views"
+        "san.losses); for another linear operation build SANLogits(fun=..., dir=...) from both views"
     )
 
 
@@ -293,7 +341,7 @@ def _refuse(name: str) -> Callable[..., NoReturn]:
 
 # Python looks operators up on the class, past __getattr__: without these, `logits == 0` would pass silently.
 _REFUSED_OPERATORS = """
-    add radd sub rsub rtruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul abs invert and or xor
+    rtruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul abs invert and or xor
     eq ne lt le gt ge bool float int index setitem contains array
 """
 for _name in _REFUSED_OPERATORS.split():

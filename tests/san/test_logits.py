@@ -26,6 +26,14 @@ def make_logits(*shape: int) -> SANLogits:
     return SANLogits(fun, dir_)
 
 
+def accumulate(t):
+    total = 0
+    for part in (t, t * 2):
+        total += part
+        total /= 2
+    return total
+
+
 LEVELS = torch.tensor([1.0, 2.0, 3.0, 4.0])
 
 # Each function runs on a tensor and on SANLogits of shape (2, 3, 1, 4).
@@ -68,6 +76,27 @@ OPERATIONS = {
     "divide_by_tensor": lambda t: t / LEVELS,
     "div": lambda t: t.div(2.0),
     "negate": lambda t: -t,
+    "add_logits": lambda t: t + 2 * t[:1],
+    "add_number": lambda t: 1 + t + 2.5,
+    "add_tensor": lambda t: LEVELS + t + LEVELS,
+    "add_method": lambda t: t.add(1).sub(LEVELS),
+    "subtract": lambda t: (t - t[:, :1]) - 3,
+    "subtract_from": lambda t: 1 - (LEVELS - t),
+    "builtin_sum": lambda t: sum([t, t, t]) / 3,
+    "in_place_syntax": lambda t: accumulate(t),
+    "torch_add": lambda t: torch.add(t, t),
+    "torch_sub": lambda t: torch.sub(LEVELS, torch.sub(t, 1.0)),
+    "select": lambda t: t.select(1, 2),
+    "narrow": lambda t: t.narrow(3, 1, 2),
+    "gather": lambda t: t.gather(1, torch.tensor([[1], [2]])[:, :, None, None].expand(2, 1, 1, 4)),
+    "repeat": lambda t: t.repeat(1, 2, 1, 1),
+    "clone": lambda t: t.clone(),
+    "torch_flip": lambda t: torch.flip(t, (3,)),
+    "torch_index_select": lambda t: torch.index_select(t, 0, torch.tensor([1])),
+    "avg_pool2d": lambda t: F.avg_pool2d(t, (1, 2)),
+    "avg_pool2d_module": lambda t: nn.AvgPool2d((1, 4))(t),
+    "global_pool": lambda t: nn.AdaptiveAvgPool2d(1)(t),
+    "interpolate": lambda t: F.interpolate(t, size=(3, 5), mode="bilinear", align_corners=False),
     "torch_cat": lambda t: torch.cat([t, t * 2], dim=1),
     "torch_cat_tuple": lambda t: torch.cat((t, t), 0),
     "torch_cat_keyword": lambda t: torch.cat(tensors=[t, t], dim=-1),
@@ -105,9 +134,15 @@ def test_operation_equals_the_operation_on_each_view(name: str) -> None:
         assert torch.equal(actual_grad, expected_grad)
 
 
+def extend(rows, t):
+    rows += t  # StyleGAN-XL's way to collect the logits of several backbones
+    return rows
+
+
 PARTS = {
     "iteration": lambda t: list(t),
     "unpacking": lambda t: [*t],
+    "list_extension": lambda t: extend([], t),
     "unbind": lambda t: t.unbind(1),
     "split": lambda t: t.split([1, 2], dim=1),
     "chunk": lambda t: t.chunk(2),
@@ -170,11 +205,11 @@ UNSUPPORTED = {
     "item": lambda t: t.sum().item(),
     "numpy": lambda t: t.numpy(),
     "requires_grad": lambda t: t.requires_grad,
-    "add_number": lambda t: t + 1,
-    "add_tensor": lambda t: torch.ones(3) + t,
-    "add_logits": lambda t: t + t,
-    "builtin_sum": lambda t: sum([t, t]),
-    "subtract": lambda t: 1 - t,
+    "add_trained_tensor": lambda t: t + nn.Parameter(torch.ones(3)),
+    "add_to_trained_tensor": lambda t: nn.Parameter(torch.ones(3)) + t,
+    "subtract_trained_tensor": lambda t: t - nn.Parameter(torch.ones(3)),
+    "add_string": lambda t: t + "1",
+    "add_with_alpha": lambda t: torch.add(t, t, alpha=2),
     "power": lambda t: t**2,
     "square": lambda t: t * t,
     "ratio": lambda t: t / t,
@@ -217,6 +252,10 @@ def test_the_error_names_the_operation() -> None:
         F.softplus(make_logits(2))
     with pytest.raises(TypeError, match=r"SANLogits\.plain\(tensor\)"):
         torch.cat([make_logits(2), torch.ones(2)])
+    with pytest.raises(TypeError, match=r"addition.*SANLogits\.plain\(tensor\)"):
+        torch.ones(2, requires_grad=True) + make_logits(2)
+    with pytest.raises(TypeError, match=r"san\.project\(features, class_vectors\)"):
+        make_logits(2) * torch.ones(2, requires_grad=True)
     with pytest.raises(AttributeError, match="no attribute 'flarp'"):
         _ = make_logits(2).flarp
     assert not hasattr(make_logits(2), "sigmoid")

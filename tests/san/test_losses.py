@@ -84,32 +84,6 @@ def test_loss_does_not_depend_on_how_the_batch_is_split() -> None:
         torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives_are_elementwise_and_potentials_rise(name: str) -> None:
-    objective = OBJECTIVES[name]
-    logits = torch.linspace(-4, 4, 33).view(3, 11)
-    for part in ("real", "fake", "generator", "potential"):
-        function = getattr(objective, part)
-        assert function(logits).shape == logits.shape
-        assert torch.equal(function(logits)[1], function(logits[1]))
-    assert (objective.potential(logits).flatten().diff() >= 0).all()
-    difference = objective.potential(logits) + objective.generator(logits)
-    torch.testing.assert_close(difference, difference[0, 0].expand_as(difference))
-
-
-def test_direction_term_uses_the_potential() -> None:
-    """A new objective needs no other change: the slope of its potential weights the direction gradient."""
-    softplus = san.Objective(
-        real=lambda f: F.softplus(-f),
-        fake=F.softplus,
-        generator=lambda f: -F.softplus(f),
-        potential=F.softplus,
-    )
-    real = make_logits(0, 6)
-    san.san_real_loss(softplus, real).backward()
-    torch.testing.assert_close(real.dir.grad, -torch.sigmoid(real.dir.detach()) / 6)
-
-
 def test_half_precision_logits_are_averaged_in_float32() -> None:
     values = torch.full((1000, 64), 0.1, dtype=torch.bfloat16)
     loss = san.hinge_generator_loss(SANLogits.plain(values))

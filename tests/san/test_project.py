@@ -62,6 +62,42 @@ def test_vectors_and_frozen_embedding() -> None:
     assert_close(logits.fun, (vectors * embed(labels).fun).sum(1) / 6**0.5)
 
 
+def test_a_mapped_label_vector_is_split_into_direction_and_length() -> None:
+    h, _, _ = views()
+    w = torch.randn(3, 6, requires_grad=True)
+    r = torch.randn(3, 2, 4)
+    logits = san.project(h, w)
+    assert_close(logits.fun, (h * w[:, :, None, None]).sum(1))
+    assert torch.equal(logits.fun, logits.dir)
+    h_grad, by_fun = torch.autograd.grad((logits.fun * r).sum(), (h, w))
+    (by_dir,) = torch.autograd.grad((san.project(h, w).dir * r).sum(), w)
+    whole_h, whole_w = torch.autograd.grad(((h * w[:, :, None, None]).sum(1) * r).sum(), (h, w))
+    unit = (w / w.norm(dim=1, keepdim=True)).detach()
+    assert_close(h_grad, whole_h)
+    assert_close(by_fun + by_dir, whole_w)  # the plain gradient, in its radial and its tangential part
+    assert_close(by_fun, (by_fun * unit).sum(1, keepdim=True) * unit)
+    assert_close((by_dir * unit).sum(1), torch.zeros(3))
+    assert torch.autograd.grad(san.project(h, w).dir.sum(), h, allow_unused=True) == (None,)
+
+
+def test_a_zero_class_vector_is_finite_and_no_grad_shares_the_views() -> None:
+    h, _, _ = views()
+    w = torch.zeros(3, 6, requires_grad=True)
+    logits = san.project(h, w)
+    (logits.fun.sum() + logits.dir.sum()).backward()
+    assert not logits.fun.any()
+    assert w.grad.isfinite().all()
+    with torch.no_grad():
+        logits = san.project(h, w)
+    assert logits.fun.data_ptr() == logits.dir.data_ptr()
+
+
+def test_features_with_directions_are_refused() -> None:
+    h, embed, labels = views()
+    with pytest.raises(TypeError, match="keep the layer that makes the features a plain one"):
+        san.project(san.SANLogits.plain(h[:, :, 0, 0]), embed(labels))
+
+
 def test_mismatch_names_both_shapes() -> None:
     h, embed, labels = views()
     with pytest.raises(ValueError, match=r"\(3, 6, 2, 4\).*\(2, 6\)"):
