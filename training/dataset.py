@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Training images: a data set over a zip, a folder or a built-in name; an endless sampler; batches of uint8.
+"""Training images: a data set over a zip, a folder or a built-in name.
 
 The formats, the subset and the order of the images are those of StyleGAN's data loader, so its data sets work
-as they are and a seed gives the same sequence.
+as they are. `data_loader.py` draws batches from it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
-from training.digits import open_digits
+from training.digits import open_digits, open_digits8
 from training.image_source import (
     ArraySource,
     DatasetError,
@@ -28,10 +29,9 @@ from training.image_source import (
     check_resolution,
 )
 
-BUILT_IN = {"digits": open_digits}  # name -> function that returns an ArraySource
+BUILT_IN = {"digits": open_digits, "digits8": open_digits8}  # name -> function that returns an ArraySource
 IN_MEMORY_BYTES = 256 * 2**20  # sets up to this size, decoded, are decoded (so checked) once, when opened
 MAX_HEADERS_CHECKED = 20_000  # of larger sets, so many headers are checked when opened: about 0.1 ms each
-SAMPLER_BLOCK = 4096  # random offsets drawn at a time; does not change the sequence
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -61,6 +61,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         self.mirror = mirror
         class_ids = source.labels() if use_labels else np.zeros(len(source), dtype=np.int64)
         self.c_dim = int(class_ids.max()) + 1 if use_labels else 0  # of the whole set, whatever max_size
+        self.class_names = source.class_names() if use_labels else None  # by class id; None = not known
         self._kept = choose_subset(len(source), max_size, seed)  # source index of every unmirrored item
         self.labels = np.tile(class_ids[self._kept], 1 + mirror)  # int64 (len(self),); 0 without labels
         first = int(self._kept[0])
@@ -137,6 +138,14 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         text = repr((sorted(items), self.mirror, self.num_channels, self.c_dim))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @functools.cached_property
+    def content_hash(self) -> str | None:
+        """16 hex digits for the whole set's images and labels, whatever the options; see `hash_content`.
+
+        Cheap for a zip, whose directory holds checksums; None for a large folder, which would have to be read.
+        """
+        return self._source.content_hash()
+
     def reference_set(self) -> ImageDataset:
         """The whole set, unmirrored: what StyleGAN's "full" metrics compare with."""
         if not self.mirror and len(self._kept) == len(self._source):
@@ -158,29 +167,35 @@ def open_dataset(
 ) -> ImageDataset:
     """Data set from a zip, a folder with its subfolders, or a built-in name.
 
-    path: "digits" is the built-in set; write ./digits for a folder of that name. use_labels: class ids from
+    path: "digits" and "digits8" are built in; write ./digits for a folder of that name. use_labels: class ids from
     `dataset.json`; without, `c_dim` is 0 and every class id 0. max_size: a random subset, drawn with `seed`,
     in the original order; None = all. channels: 3 repeats grey files, 1 takes grey files only. Raises
     DatasetError for anything that cannot be trained on, see ImageDataset for what is checked when.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
-    path = os.fspath(path)
-    source: FileSource | ArraySource
+    return ImageDataset(
+        open_source(os.fspath(path)),
+        use_labels=use_labels,
+        mirror=mirror,
+        max_size=max_size,
+        seed=seed,
+        channels=channels,
+    )
+
+
+def open_source(path: str) -> FileSource | ArraySource:
+    """The images behind a path or built-in name, nothing checked but that there are some."""
     if path in BUILT_IN:
-        source = BUILT_IN[path]()
-    elif not os.path.exists(path):
+        return BUILT_IN[path]()
+    if not os.path.exists(path):
         names = ", ".join(BUILT_IN)
         raise DatasetError(f"{path}: no such file or folder; give a zip, a folder or a built-in set: {names}")
-    elif os.path.isdir(path):
-        source = FolderSource(path)
-    elif path.lower().endswith(".zip"):
-        source = ZipSource(path)
-    else:
-        raise DatasetError(f"{path}: neither a folder nor a .zip; put the images into one of these")
-    return ImageDataset(
-        source, use_labels=use_labels, mirror=mirror, max_size=max_size, seed=seed, channels=channels
-    )
+    if os.path.isdir(path):
+        return FolderSource(path)
+    if path.lower().endswith(".zip"):
+        return ZipSource(path)
+    raise DatasetError(f"{path}: neither a folder nor a .zip; put the images into one of these")
 
 
 def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarray:
@@ -192,120 +207,3 @@ def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarra
         return indices
     np.random.RandomState(seed % 2**32).shuffle(indices)
     return np.sort(indices[:max_size])
-
-
-class InfiniteSampler(Sampler[int]):
-    """Endless random order of a data set, dealt out to `num_replicas` processes in turn.
-
-    Each step also swaps the index just used with one at most `window_size * dataset_size` places back, so the
-    order keeps changing without reshuffling (StyleGAN2-ADA's sampler). Every process runs the same generator.
-
-    position: how many indices of the common sequence, all processes together, lie behind; iteration starts
-    there. With batches of equal size this is the number of images shown, so it restores the order after a
-    restart.
-    """
-
-    def __init__(
-        self,
-        dataset_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        num_replicas: int = 1,
-        shuffle: bool = True,
-        window_size: float = 0.5,
-        position: int = 0,
-    ) -> None:
-        if dataset_size < 1 or not 0 <= rank < num_replicas or not 0 <= window_size <= 1 or position < 0:
-            raise ValueError(
-                f"InfiniteSampler: {dataset_size=}, {rank=}, {num_replicas=}, {window_size=}, {position=}"
-            )
-        self.dataset_size = dataset_size
-        self.seed = seed
-        self.rank = rank
-        self.num_replicas = num_replicas
-        self.shuffle = shuffle
-        self.window_size = window_size
-        self.position = position
-
-    def __iter__(self) -> Iterator[int]:
-        random_state = np.random.RandomState(self.seed % 2**32)
-        order_array = np.arange(self.dataset_size)
-        window = 0
-        if self.shuffle:
-            random_state.shuffle(order_array)
-            window = int(np.rint(self.dataset_size * self.window_size))
-        order = order_array.tolist()  # a list swaps ten times faster than an array
-        count, start = 0, self.position
-        while True:
-            offsets = [0] * SAMPLER_BLOCK
-            if window >= 2:
-                offsets = random_state.randint(window, size=SAMPLER_BLOCK).tolist()
-            for offset in offsets:
-                i = count % self.dataset_size
-                if count >= start and count % self.num_replicas == self.rank:
-                    yield order[i]
-                j = (i - offset) % self.dataset_size
-                order[i], order[j] = order[j], order[i]
-                count += 1
-
-
-class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """Endless (images uint8 (N, C, H, W), class ids int64 (N,)) on one device.
-
-    position: the sampler's position after the last batch; build a sampler with it to continue from there.
-    """
-
-    def __init__(
-        self,
-        stream: Iterator[tuple[Tensor, Tensor]],
-        sampler: InfiniteSampler,
-        batch_size: int,
-        device: torch.device,
-    ) -> None:
-        self._stream = stream
-        self._step = batch_size * sampler.num_replicas
-        self._device = device
-        self.position = sampler.position
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        try:
-            images, labels = next(self._stream)
-        except DatasetError as error:
-            # A worker process wraps the message in its traceback; the last line is what the user needs.
-            raise DatasetError(str(error).strip().splitlines()[-1].rpartition("DatasetError: ")[2]) from error
-        self.position += self._step
-        return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
-
-
-def make_loader(
-    dataset: ImageDataset,
-    sampler: InfiniteSampler,
-    batch_size: int,
-    num_workers: int = 0,
-    device: torch.device | str = "cpu",
-) -> Batches:
-    """Batches of `batch_size` per process, in the sampler's order.
-
-    num_workers: processes that decode; a set in memory is indexed directly and needs none. The batches do not
-    depend on it, and torch's global generator is left alone.
-    """
-    device = torch.device(device)
-    if dataset.is_in_memory or num_workers == 0:
-        return Batches(_index_batches(dataset, sampler, batch_size), sampler, batch_size, device)
-    loader = DataLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else the workers' seeds are drawn from the global generator
-    )
-    return Batches(iter(loader), sampler, batch_size, device)
-
-
-def _index_batches(
-    dataset: ImageDataset, sampler: InfiniteSampler, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    indices = iter(sampler)
-    while True:
-        yield dataset.batch([next(indices) for _ in range(batch_size)])

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Where images come from: the files of a folder or a zip, or arrays in memory.
 
-Every source gives uint8 images by index, a checksum per image, and one class id per image from
-`dataset.json` (StyleGAN's format: `{"labels": [[file name, class id], ...]}`). Whatever is wrong with a file
-is a DatasetError of one line that names it.
+Every source gives uint8 images by index, a checksum per image, one class id per image and the names of the
+classes, for files from `dataset.json`. Whatever is wrong with a file is a DatasetError of one line that names it.
 """
 
 from __future__ import annotations
 
-import json
+import functools
+import hashlib
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -21,9 +21,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from torch_utils.errors import UserError
+from training.dataset_labels import LABEL_FILE, Annotations, DatasetError, NoLabelsError, parse_annotations
 
-LABEL_FILE = "dataset.json"
+MAX_HASHED_FOLDER_BYTES = 2**30  # a larger folder has no content hash: computing it reads every file
+SUPPORTED_MODES = {1: ("L",), 3: ("RGB", "L")}  # channels -> Pillow's modes that can become so many
 READ_ERRORS = (
     OSError,
     SyntaxError,  # Pillow: broken PNG chunk
@@ -36,10 +37,6 @@ READ_ERRORS = (
     zipfile.BadZipFile,
     Image.DecompressionBombError,
 )
-
-
-class DatasetError(UserError):
-    """A data set that cannot be used; the message names the file, what is wrong and the fix."""
 
 
 class ImageHeader(NamedTuple):
@@ -74,7 +71,7 @@ def check_resolution(header: ImageHeader, location: str) -> int:
 
 def check_header(header: ImageHeader, num_channels: int, resolution: int, location: str) -> None:
     """Raise DatasetError unless the image can become uint8 (num_channels, resolution, resolution)."""
-    modes = {1: ("L",), 3: ("RGB", "L")}[num_channels]
+    modes = SUPPORTED_MODES[num_channels]
     if header.mode not in modes:
         raise DatasetError(
             f"{location}: Pillow mode {header.mode} is not supported here, only {' or '.join(modes)}; "
@@ -85,6 +82,16 @@ def check_header(header: ImageHeader, num_channels: int, resolution: int, locati
             f"{location}: {header.width}x{header.height} pixels, but the first image has "
             f"{resolution}x{resolution}; resize all images to one size"
         )
+
+
+def hash_content(items: Iterable[tuple[int, int, int]]) -> str:
+    """16 hex digits for what a data set holds, from (CRC-32, bytes, class id or -1) of every image file.
+
+    Not of paths, names or order: a folder and a zip of the same files agree. Reading options do not enter
+    either, so it tells which data a run saw. It shows accidents, not forgery: the CRCs of equally large PNG files
+    share some 2**16 values, so one exchanged image goes unseen in one of 65,000 cases.
+    """
+    return hashlib.sha256(repr(sorted(items)).encode()).hexdigest()[:16]
 
 
 class FileSource:
@@ -142,20 +149,39 @@ class FileSource:
 
     def labels(self) -> np.ndarray:
         """Class id of every image, int64 (len(self),), read from `dataset.json`."""
+        return self._annotations.class_ids
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names by class id from `dataset.json`, one for each of its classes; None if it holds none."""
+        return self._annotations.class_names
+
+    @functools.cached_property
+    def _annotations(self) -> Annotations:
+        return parse_annotations(self.label_text(), self.names, f"{self.path}/{LABEL_FILE}")
+
+    def label_text(self) -> bytes:
+        """The content of `dataset.json`. Raises DatasetError if there is none or it cannot be read."""
         try:
             with self._open(LABEL_FILE) as stream:
-                text = stream.read()
+                return stream.read()
         except DatasetError:
             raise
         except (KeyError, FileNotFoundError) as error:
-            raise DatasetError(
+            raise NoLabelsError(
                 f"{self.path}: no labels, as there is no {LABEL_FILE} at its root; add it, or use no --cond"
             ) from error
         except READ_ERRORS as error:
             raise DatasetError(
                 f"{self.path}/{LABEL_FILE}: cannot be read ({error}); write it again"
             ) from error
-        return parse_labels(text, self.names, f"{self.path}/{LABEL_FILE}")
+
+    def content_hash(self) -> str | None:
+        """`hash_content` of the whole set; None for a folder of more than MAX_HASHED_FOLDER_BYTES."""
+        try:
+            class_ids = self.labels()
+        except DatasetError:  # no or unusable labels: the images alone
+            class_ids = np.full(len(self), -1)
+        return hash_content((*self.checksum(i), int(class_ids[i])) for i in range(len(self)))
 
     def close(self) -> None:
         """Release file handles; the next read opens them again."""
@@ -173,6 +199,10 @@ class FolderSource(FileSource):
 
     def _open(self, name: str) -> BinaryIO:
         return open(Path(self.path, name), "rb")
+
+    def content_hash(self) -> str | None:
+        num_bytes = sum(Path(self.path, name).stat().st_size for name in self.names)
+        return super().content_hash() if num_bytes <= MAX_HASHED_FOLDER_BYTES else None
 
 
 class ZipSource(FileSource):
@@ -219,12 +249,15 @@ class ZipSource(FileSource):
 
 
 class ArraySource:
-    """Images in memory: uint8 (N, H, W, 3) with class ids (N,)."""
+    """Images in memory: uint8 (N, H, W, 3) with class ids (N,), and the names of the classes by id."""
 
-    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(
+        self, name: str, images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...] | None = None
+    ) -> None:
         self.path = self.name = name
         self._images = images
         self._labels = labels.astype(np.int64)
+        self._class_names = class_names
 
     def __len__(self) -> int:
         return len(self._images)
@@ -246,41 +279,11 @@ class ArraySource:
     def labels(self) -> np.ndarray:
         return self._labels
 
+    def class_names(self) -> tuple[str, ...] | None:
+        return self._class_names
+
+    def content_hash(self) -> str:
+        return hash_content((*self.checksum(i), int(self._labels[i])) for i in range(len(self)))
+
     def close(self) -> None:
         """Nothing to release."""
-
-
-def parse_labels(text: bytes, names: Sequence[str], location: str) -> np.ndarray:
-    """Class ids, int64, in the order of `names`, from the text of a `dataset.json`.
-
-    Raises DatasetError, beginning with `location`, unless every name has exactly one label and every label is
-    a whole number >= 0.
-    """
-    try:
-        entries = json.loads(text)["labels"]
-        labels = None if entries is None else {name.replace("\\", "/"): label for name, label in entries}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(
-            f'{location}: not of the form {{"labels": [["file", class id], ...]}}; write it again ({error})'
-        ) from error
-    if not labels:
-        raise DatasetError(f"{location}: its labels are null or empty; list every image, or use no --cond")
-    if len(labels) < len(entries):
-        raise DatasetError(
-            f"{location}: {len(entries) - len(labels)} file names are listed twice; list each once"
-        )
-    for problem, files in (
-        ("images have no label", [name for name in names if name not in labels]),
-        ("labels belong to no image", sorted(set(labels).difference(names))),
-    ):
-        if files:
-            raise DatasetError(
-                f"{location}: {len(files)} {problem}, the first is {files[0]!r}; make the two agree"
-            )
-    for name, label in labels.items():
-        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-            raise DatasetError(
-                f"{location}: label {label!r:.40} of {name!r} is not a whole number >= 0; "
-                "only class ids are supported (no label vectors)"
-            )
-    return np.array([labels[name] for name in names], dtype=np.int64)

@@ -17,7 +17,8 @@ import torch
 
 from torch_utils.errors import UserError
 from training import dataset as dataset_module
-from training.dataset import InfiniteSampler, choose_subset, make_loader, open_dataset
+from training.data_loader import InfiniteSampler, make_loader
+from training.dataset import choose_subset, open_dataset
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "d_data.npz")
 READER_CASES = {

@@ -13,7 +13,8 @@ from PIL import Image
 
 from torch_utils.errors import UserError
 from training import dataset as dataset_module
-from training.dataset import DatasetError, InfiniteSampler, make_loader, open_dataset
+from training.data_loader import InfiniteSampler, make_loader
+from training.dataset import DatasetError, open_dataset
 
 
 def grey(side: int, value: int = 0) -> np.ndarray:
