@@ -18,6 +18,7 @@ from torch_utils.errors import UserError
 from training.config import ConfigError, GeneratorConfig, MappingConfig, SynthesisConfig
 from training.generator.generator import Generator
 from training.generator.mapping import MappingNetwork, labels_to_ids
+from training.generator.network_plan import plan_network
 from training.generator.synthesis import SynthesisInput, SynthesisNetwork
 
 ROOT = Path(__file__).parents[2]
@@ -280,7 +281,7 @@ def test_every_parameter_is_trained_but_unused_rows():
 
 
 def test_synthesis_can_be_built_alone():
-    synthesis = SynthesisNetwork(SYNTHESIS, w_dim=12)
+    synthesis = SynthesisNetwork(plan_network(CONFIG), w_dim=12)
     assert synthesis(torch.randn(2, synthesis.num_ws, 12)).shape == (2, 3, 16, 16)
 
 

@@ -17,12 +17,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.config import GeneratorConfig, MappingConfig, SynthesisConfig
+from training.config import GeneratorConfig, MappingConfig, SuperresConfig, SynthesisConfig
 from training.generator.generator import Generator
 from training.generator.synthesis import SynthesisInput
+from training.superres import freeze_stem_
 
 DATA = Path(__file__).parents[1] / "data"
-CASES = ("g_gen_t_cond", "g_gen_r_cond", "g_gen_t_uncond")
+STEMS = ("g_gen_t_cond", "g_gen_r_cond", "g_gen_t_uncond")
+CASES = (*STEMS, "g_superres_t_up2")
 WS, IMAGES, GRADIENTS, OPS_INPUT = 3e-6, 1e-4, 3e-4, 5e-5  # tolerances
 
 
@@ -76,15 +78,19 @@ def fill_(G, salt):
 def build(name):
     """The case's filled generator, its arrays and meta data."""
     golden, meta = load_golden(name)
-    kwargs = dict(meta["kwargs"])
+    is_stage = "stem" in meta
+    kwargs = dict(meta["stem" if is_stage else "kwargs"])
     mapping = MappingConfig(
         z_dim=kwargs.pop("z_dim"),
         w_dim=kwargs.pop("w_dim"),
         c_dim=kwargs.pop("c_dim"),
         num_layers=kwargs.pop("mapping_kwargs")["num_layers"],
     )
-    G = Generator(GeneratorConfig(mapping=mapping, synthesis=SynthesisConfig(**kwargs)))
+    superres = (SuperresConfig(**meta["kwargs"]),) if is_stage else ()
+    G = Generator(GeneratorConfig(mapping=mapping, synthesis=SynthesisConfig(**kwargs), superres=superres))
     fill_(G, meta["salt"])
+    if is_stage:
+        freeze_stem_(G, trains_stem_input=True)  # as the official trainer
     return G, golden, meta
 
 
@@ -99,9 +105,14 @@ def case(request):
     return build(request.param)
 
 
+def trained_parameters(G):
+    """(name, parameter) of those that receive gradients."""
+    return [(name, p) for name, p in G.named_parameters() if p.requires_grad]
+
+
 def assert_gradients(G, gradients, golden, meta, prefix=""):
     """Full gradients where stored; of every parameter the norm and a projection."""
-    by_name = dict(zip((name for name, _ in G.named_parameters()), gradients, strict=True))
+    by_name = dict(zip((name for name, _ in trained_parameters(G)), gradients, strict=True))
     stored = [key for key in golden if key.startswith(f"{prefix}dparam/")]
     assert stored
     for key in stored:
@@ -134,9 +145,20 @@ def test_parameters_and_buffers_have_official_names_shapes_and_order(case):
     buffers = {name: list(b.shape) for name, b in G.named_buffers()}
     assert list(buffers.items()) == list(meta["buffers"].items())
     assert G.synthesis.layer_names == meta["layer_names"]
+    assert G.img_resolution == meta["img_resolution"]
     assert (G.num_ws, G.z_dim, G.w_dim, G.c_dim) == tuple(
         meta[k] for k in ("num_ws", "z_dim", "w_dim", "c_dim")
     )
+
+
+def test_a_stage_trains_and_freezes_the_official_parameters():
+    G, _, meta = build("g_superres_t_up2")
+    trained = [name for name, _ in trained_parameters(G)]
+    assert trained == meta["trainable"]
+    assert [name for name, p in G.named_parameters() if not p.requires_grad] == meta["frozen"]
+    assert [layer.name for layer in G.synthesis.plan.head] == meta["head_layer_names"]
+    freeze_stem_(G, trains_stem_input=False)
+    assert [name for name, _ in trained_parameters(G)] == [n for n in trained if ".input." not in n]
 
 
 @torch.no_grad()
@@ -157,7 +179,7 @@ def test_style_vectors_and_images(case):
     assert_close(images, golden["img_psi04_cut3"], IMAGES, "img_psi04_cut3")
 
 
-@pytest.mark.parametrize("name", ["g_gen_t_cond", "g_gen_r_cond"])
+@pytest.mark.parametrize("name", ["g_gen_t_cond", "g_gen_r_cond", "g_superres_t_up2"])
 @torch.no_grad()
 def test_user_transform(name):
     G, golden, meta = build(name)
@@ -187,14 +209,15 @@ def test_gradients(case):
     z = golden["z"].clone().requires_grad_()
     images = G(z, one_hot(golden, meta))
     loss = (images * golden["r"]).sum()
-    dz, *gradients = torch.autograd.grad(loss, [z, *G.parameters()], allow_unused=True)
+    dz, *gradients = torch.autograd.grad(loss, [z, *(p for _, p in trained_parameters(G))], allow_unused=True)
     assert_close(dz, golden["dz"], GRADIENTS, "dz")
     assert_gradients(G, gradients, golden, meta)
 
 
-def test_path_length_through_both_networks(case):
+@pytest.mark.parametrize("name", STEMS)
+def test_path_length_through_both_networks(name):
     """Needs the gradient of the gradient with respect to the style vectors."""
-    G, golden, meta = case
+    G, golden, meta = build(name)
     num_samples = len(golden["z"]) // 2
     ws = G.mapping(golden["z"][:num_samples], one_hot(golden, meta)[:num_samples])
     images = G.synthesis(ws)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The generator: mapping network and synthesis network behind one call.
+"""The generator: mapping network and synthesis network behind one call, with or without super-resolution stages.
 
 Parameter names, shapes and order equal those of StyleGAN-XL, so that official weights load unchanged.
 """
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from training.config import GeneratorConfig
 from training.generator.mapping import MappingNetwork
+from training.generator.network_plan import plan_network
 from training.generator.synthesis import SynthesisNetwork
 
 
@@ -26,12 +27,16 @@ class Generator(nn.Module):
         self.z_dim = cfg.mapping.z_dim
         self.w_dim = cfg.mapping.w_dim
         self.c_dim = cfg.mapping.c_dim
-        self.img_resolution = cfg.synthesis.img_resolution
-        self.img_channels = cfg.synthesis.img_channels
-        # Synthesis first: the official parameter order.
-        self.synthesis = SynthesisNetwork(cfg.synthesis, self.w_dim)
-        self.num_ws = self.synthesis.num_ws
-        self.mapping = MappingNetwork(cfg.mapping, self.num_ws)
+        plan = plan_network(cfg)
+        self.img_resolution = plan.img_resolution
+        self.img_channels = plan.img_channels
+        self.num_ws = plan.num_ws
+        # The official parameter order: synthesis first in a stem, mapping first in a super-resolution network.
+        if cfg.superres:
+            self.mapping = MappingNetwork(cfg.mapping, self.num_ws)
+        self.synthesis = SynthesisNetwork(plan, self.w_dim)
+        if not cfg.superres:
+            self.mapping = MappingNetwork(cfg.mapping, self.num_ws)
 
     def forward(
         self,

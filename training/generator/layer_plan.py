@@ -50,6 +50,8 @@ class LayerPlan:
     down_radial: bool  # the downsampling filter is radially symmetric, hence not separable
     # Oversampled pixels before and after in x, then in y; negative = crop.
     padding: tuple[int, int, int, int]
+    conv_clamp: float | None  # bound on activations inside the filtered leaky ReLU; None = no bound
+    magnitude_ema_beta: float  # decay of the running input magnitude, per update
 
 
 def plan_layers(cfg: SynthesisConfig) -> list[LayerSpec]:
@@ -59,13 +61,25 @@ def plan_layers(cfg: SynthesisConfig) -> list[LayerSpec]:
     values that give no network.
     """
     _check(cfg)
+    return space_layers(
+        cfg, cfg.first_cutoff, cfg.first_stopband, num_rising=cfg.num_layers - cfg.num_critical
+    )
+
+
+def space_layers(
+    cfg: SynthesisConfig, first_cutoff: float, first_stopband: float, num_rising: int
+) -> list[LayerSpec]:
+    """`cfg.num_layers + 1` feature maps whose cutoffs and stopbands reach the image's after `num_rising` layers.
+
+    Raises ConfigError for values that leave a layer without channels.
+    """
     last_cutoff = cfg.img_resolution / 2
     last_stopband = last_cutoff * cfg.last_stopband_rel
     specs = []
     for index in range(cfg.num_layers + 1):
-        progress = min(index / (cfg.num_layers - cfg.num_critical), 1)
-        cutoff = cfg.first_cutoff * (last_cutoff / cfg.first_cutoff) ** progress
-        stopband = cfg.first_stopband * (last_stopband / cfg.first_stopband) ** progress
+        progress = min(index / num_rising, 1)
+        cutoff = first_cutoff * (last_cutoff / first_cutoff) ** progress
+        stopband = first_stopband * (last_stopband / first_stopband) ** progress
         sampling_rate = 2 ** math.ceil(math.log2(min(2 * stopband, cfg.img_resolution)))
         has_margin = index < cfg.num_layers - 1  # the last two feature maps are the image's size
         channels = round(min(cfg.channel_base / 2 / cutoff, cfg.channel_max))
@@ -85,19 +99,29 @@ def plan_layers(cfg: SynthesisConfig) -> list[LayerSpec]:
     return specs
 
 
-def connect_layers(cfg: SynthesisConfig, specs: Sequence[LayerSpec]) -> list[LayerPlan]:
-    """One plan per entry of `specs`: layer i leads from entry i - 1 (0 for layer 0) to entry i."""
+def connect_layers(
+    cfg: SynthesisConfig, specs: Sequence[LayerSpec], source: LayerSpec | None = None, first_index: int = 0
+) -> list[LayerPlan]:
+    """One plan per entry of `specs`: layer i leads from entry i - 1 to entry i, layer 0 from `source`.
+
+    Without a `source`, layer 0 leads from entry 0 to itself. `first_index` is the number in layer 0's name.
+    """
     last = len(specs) - 1
     return [
         _connect(
-            cfg, source, target, index, is_torgb=index == last, is_critical=index >= last - cfg.num_critical
+            cfg,
+            before,
+            after,
+            name=f"L{first_index + index}_{after.size}_{after.channels}",
+            is_torgb=index == last,
+            is_critical=index >= last - cfg.num_critical,
         )
-        for index, (source, target) in enumerate(pairwise([specs[0], *specs]))
+        for index, (before, after) in enumerate(pairwise([source or specs[0], *specs]))
     ]
 
 
 def _connect(
-    cfg: SynthesisConfig, source: LayerSpec, target: LayerSpec, index: int, is_torgb: bool, is_critical: bool
+    cfg: SynthesisConfig, source: LayerSpec, target: LayerSpec, name: str, is_torgb: bool, is_critical: bool
 ) -> LayerPlan:
     conv_kernel = 1 if is_torgb else cfg.conv_kernel
     oversampling = 1 if is_torgb else cfg.lrelu_upsampling
@@ -111,7 +135,7 @@ def _connect(
     low = (total + up) // 2  # centres the samples; floors for negative totals too
     high = total - low
     return LayerPlan(
-        name=f"L{index}_{target.size}_{target.channels}",
+        name=name,
         source=source,
         target=target,
         is_torgb=is_torgb,
@@ -125,6 +149,8 @@ def _connect(
         down_taps=down_taps,
         down_radial=cfg.use_radial_filters and not is_critical,
         padding=(low, high, low, high),
+        conv_clamp=cfg.conv_clamp,
+        magnitude_ema_beta=cfg.magnitude_ema_beta,
     )
 
 

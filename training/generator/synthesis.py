@@ -2,7 +2,7 @@
 """The alias-free synthesis network of StyleGAN3 (arXiv:2106.12423): style vectors to images.
 
 A Fourier-feature input, then layers of modulated convolution and filtered leaky ReLU, at the sampling rates
-that `layer_plan` lays out. Attribute names are those of the official state dict.
+that a `NetworkPlan` lays out. Attribute names are those of the official state dict.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch_utils.layers import FullyConnectedLayer
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.filters import design_lowpass_filter
 from torch_utils.ops.modulated_conv import modulated_conv2d
-from training.config import SynthesisConfig
-from training.generator.layer_plan import LayerPlan, connect_layers, plan_layers
+from training.generator.layer_plan import LayerPlan
+from training.generator.network_plan import NetworkPlan
 
 
 class SynthesisInput(nn.Module):
@@ -80,11 +80,9 @@ class SynthesisInput(nn.Module):
 class SynthesisLayer(nn.Module):
     """Modulated convolution and filtered leaky ReLU, from feature maps `plan.source` to `plan.target`."""
 
-    def __init__(self, cfg: SynthesisConfig, plan: LayerPlan, w_dim: int) -> None:
+    def __init__(self, plan: LayerPlan, w_dim: int) -> None:
         super().__init__()
         self.plan = plan
-        self.conv_clamp = cfg.conv_clamp
-        self.magnitude_ema_beta = cfg.magnitude_ema_beta
         source, target, k = plan.source, plan.target, plan.conv_kernel
         self.affine = FullyConnectedLayer(w_dim, source.channels, bias_init=1)
         self.weight = nn.Parameter(torch.randn(target.channels, source.channels, k, k))
@@ -99,14 +97,16 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("down_filter", down_filter)
 
     def forward(self, x: Tensor, w: Tensor, force_fp32: bool = False, update_emas: bool = False) -> Tensor:
-        """x: (N, C, H, W); w: (N, w_dim). Half precision on CUDA if the plan says so, else float32."""
+        """x: (N, C, H, W); w: (N, w_dim). Half precision on CUDA if the plan says so, else float32.
+
+        On the meta device as on CUDA: that is where its memory is counted.
+        """
         plan = self.plan
         if update_emas:
             with torch.no_grad():
-                self.magnitude_ema.copy_(
-                    x.float().square().mean().lerp(self.magnitude_ema, self.magnitude_ema_beta)
-                )
-        use_fp16 = plan.use_fp16 and not force_fp32 and x.device.type == "cuda"
+                magnitude = x.float().square().mean()
+                self.magnitude_ema.copy_(magnitude.lerp(self.magnitude_ema, plan.magnitude_ema_beta))
+        use_fp16 = plan.use_fp16 and not force_fp32 and x.device.type in ("cuda", "meta")
         dtype = torch.float16 if use_fp16 else torch.float32
         styles = self.affine(w)
         if plan.is_torgb:
@@ -129,26 +129,24 @@ class SynthesisLayer(nn.Module):
             padding=list(plan.padding),
             gain=1.0 if plan.is_torgb else math.sqrt(2),
             slope=1.0 if plan.is_torgb else 0.2,
-            clamp=self.conv_clamp,
+            clamp=plan.conv_clamp,
         )
 
 
 class SynthesisNetwork(nn.Module):
     """Style vectors (N, num_ws, w_dim) to images (N, img_channels, img_resolution, img_resolution), float32.
 
-    The first vector drives the input, each further one its layer. Raises ConfigError for a configuration that
-    gives no network.
+    The first vector drives the input, each further one its layer.
     """
 
-    def __init__(self, cfg: SynthesisConfig, w_dim: int) -> None:
+    def __init__(self, plan: NetworkPlan, w_dim: int) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.plan = plan
         self.w_dim = w_dim
-        self.num_ws = cfg.num_layers + 2
-        self.img_resolution = cfg.img_resolution
-        self.img_channels = cfg.img_channels
-        specs = plan_layers(cfg)
-        first = specs[0]
+        self.num_ws = plan.num_ws
+        self.img_resolution = plan.img_resolution
+        self.img_channels = plan.img_channels
+        first = plan.input
         self.input = SynthesisInput(
             w_dim,
             first.channels,
@@ -157,10 +155,9 @@ class SynthesisNetwork(nn.Module):
             sampling_rate=first.sampling_rate,
             bandwidth=first.cutoff,
         )
-        plans = connect_layers(cfg, specs)
-        self.layer_names = [plan.name for plan in plans]
-        for plan in plans:
-            self.add_module(plan.name, SynthesisLayer(cfg, plan, w_dim))
+        self.layer_names = [layer.name for layer in plan.layers]
+        for layer in plan.layers:
+            self.add_module(layer.name, SynthesisLayer(layer, w_dim))
 
     @property
     def layers(self) -> list[SynthesisLayer]:
@@ -178,4 +175,4 @@ class SynthesisNetwork(nn.Module):
         x = self.input(first)
         for layer, w in zip(self.layers, rest, strict=True):
             x = layer(x, w, force_fp32=force_fp32, update_emas=update_emas)
-        return (x * self.cfg.output_scale).float()
+        return (x * self.plan.output_scale).float()
