@@ -1,112 +1,90 @@
 # SPDX-License-Identifier: MIT
 """The only unpickler of the project: it reads official files as data and executes nothing that they ask for.
 
-Every global a pickle names is looked up in a fixed table of inert replacements; any other name is refused
-before the file gets further. Tensors come back as CPU tensors, modules as `InertModule`.
+Every global that a pickle names is one of three things: a part of tensors and plain containers, which
+`official_values` rebuilds; a name that official networks contain, which becomes an `InertModule` whatever the file
+does with it; or refused, before the file gets further.
+
+What a file can make this program allocate: tensors and arrays are views of the file, which is mapped into memory, and
+take its size at most. All other objects together take less than MAX_OBJECT_BYTES.
 """
 
 from __future__ import annotations
 
-import collections
-import io
-import math
-import pickle
-import warnings
-from collections.abc import Callable
+import mmap
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from torch_utils.errors import UserError
+from training.official_globals import InertGlobal, InertModule, is_known, printable, refusal
+from training.official_values import REBUILDERS
+from training.pickle_machine import Budget, DamagedPickleError, PickleMachine
 
+__all__ = ["MAX_OBJECT_BYTES", "InertModule", "load_official_pickle"]
 
-class InertModule:
-    """What a pickled torch module held, without the module: `state` is its former `__dict__`."""
-
-    state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Replacement:
-    """A function that a pickle may call. A pickle cannot alter it: `BUILD` on it is refused."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("the file tries to alter a function of the reader")
+MAX_OPERATIONS = 2_000_000  # a full StyleGAN-XL snapshot has less than a fifth of these
+MAX_TEXT_BYTES = 32 << 20
+MAX_OBJECT_BYTES = 300 * MAX_OPERATIONS + 4 * MAX_TEXT_BYTES  # see Budget; 0.7 GB
 
 
 def load_official_pickle(path: str | Path) -> Any:
-    """The object in `path`, modules as `InertModule` and tensors on the CPU.
+    """The object in `path`: modules as `InertModule`, tensors on the CPU. Copy a tensor before you change it.
 
-    Raises UserError if the file is missing or damaged, or names a global that this reader does not know; that
-    name is in the message, and nothing of it has been imported or run.
+    Raises UserError if the file is missing or damaged, contains more than a network does, or names a global that
+    no official file does; that name is in the message, and nothing of it has been imported or run.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            return _RestrictedUnpickler(file).load()
+        with path.open("rb") as file:  # a private mapping: nothing that happens in memory reaches the file
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        return PickleMachine(data, _SnapshotHooks(), Budget(MAX_OPERATIONS, MAX_TEXT_BYTES)).load()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from error
     except Exception as error:  # a damaged pickle can raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = printable(str(error)) or type(error).__name__
         raise UserError(
             f"{path} is not a pickle this program can read ({reason}); download it again"
         ) from error
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+class _SnapshotHooks:
+    """What the globals, calls and states of a snapshot become."""
+
+    def __init__(self) -> None:
+        self._globals: dict[tuple[str, str], InertGlobal] = {}
+
+    def find_global(self, module: str, name: str) -> InertGlobal:
+        key = ("builtins" if module == "__builtin__" else module, name)
+        if key not in self._globals:
+            rebuild = REBUILDERS.get(key)
+            if rebuild is None and not is_known(*key):
+                raise refusal(*key)
+            self._globals[key] = InertGlobal(f"{key[0]}.{name}", rebuild)
+        return self._globals[key]
+
+    def call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        if isinstance(function, InertModule):  # what a call that was not made would have returned
+            return InertModule("result", arguments)
+        if not isinstance(function, InertGlobal):
+            raise DamagedPickleError(f"it calls a {type(function).__name__}")
+        if function.rebuild is None:
+            return InertModule(function.name, arguments)
         try:
-            return _REPLACEMENTS[module, name]
-        except KeyError:
-            raise UserError(
-                f"refused the global {module}.{name}: only known parts of official files are read, no code; "
-                "use the official file, or convert it to .safetensors"
-            ) from None
+            return function.rebuild(*arguments)
+        except UserError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DamagedPickleError(f"{function.name}: {error}") from error
 
+    def build(self, target: Any, state: Any) -> None:
+        if isinstance(target, InertModule):
+            target.state = state
+        elif isinstance(target, InertGlobal):
+            raise DamagedPickleError("the file tries to alter a function of the reader")
+        elif not isinstance(target, dict):  # a dict's attributes are of no interest
+            raise DamagedPickleError(f"the file tries to alter a {type(target).__name__}")
 
-def _load_storage(data: bytes) -> Tensor:
-    """One-dimensional tensor over the whole of a pickled storage; torch's own restricted reader parses it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
-        try:
-            storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:  # torch's message advises to load the file unsafely
-            raise pickle.UnpicklingError("a storage in it holds more than numbers") from error
-        return torch.empty(0, dtype=storage.dtype).set_(storage)
-
-
-def _rebuild_tensor(
-    flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_unused: Any
-) -> Tensor:
-    """The tensor of that shape in `flat`; one that would leave the storage is an error in `as_strided`."""
-    if math.prod(size) > flat.numel():
-        raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)} from {flat.numel()} stored numbers")
-    return torch.as_strided(flat, size, stride, offset).clone()
-
-
-def _rebuild_parameter(data: Tensor, *_unused: Any) -> Tensor:
-    return data
-
-
-_REPLACEMENTS: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_parameter"): _Replacement(_rebuild_parameter),
-    ("torch._utils", "_rebuild_tensor_v2"): _Replacement(_rebuild_tensor),
-    ("torch.storage", "_load_from_bytes"): _Replacement(_load_storage),
-    ("torch.nn.modules.sparse", "Embedding"): InertModule,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("builtins", "set"): set,  # a module's empty set of non-persistent buffers, in pickles of protocol 3
-}
+    def persistent(self, key: Any) -> Any:
+        raise DamagedPickleError("it refers to objects outside the file")

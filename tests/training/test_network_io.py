@@ -3,6 +3,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from torch_utils.errors import UserError
 from training import network_io
 from training.config import (
     DataConfig,
@@ -23,9 +26,10 @@ from training.config import (
     TrainConfig,
 )
 from training.generator.generator import Generator
-from training.network_io import NetworkFileError, load_network, read_network, save_network
+from training.network_io import NetworkFileError, load_network, read_info, read_network, save_network
 
 ROOT = Path(__file__).parents[2]
+DATA = Path(__file__).parents[1] / "data"
 INFO = {"cur_nimg": 1200, "class_names": ["cat", "dog"], "metrics": {"fd_lite0": 12.5}}
 
 
@@ -255,7 +259,7 @@ def misshapen_tensor(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (missing, "does not exist; give a .safetensors file"),
+        (missing, "does not exist; give a .safetensors or official .pkl file"),
         (text_file, "is not a .safetensors file"),
         (empty, "is not a .safetensors file"),
         (header_cut, "is truncated"),
@@ -277,18 +281,70 @@ def test_unusable_files_are_refused_in_one_line(file, damage, message):
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_addresses_must_be_safe_and_allowed(monkeypatch):
+    monkeypatch.delenv("STYLESAN_OFFLINE", raising=False)
+    for read in (load_network, read_network, read_info):
+        with pytest.raises(UserError, match="only https addresses are fetched"):
+            read("http://example.org/net.pkl")
+        with pytest.raises(UserError, match="has not been downloaded yet, and downloads are off"):
+            read("https://example.org/net.safetensors", offline=True)
+
+
+def test_the_kind_of_file_is_told_by_its_content(tmp_path, file):
+    renamed = file.rename(tmp_path / "net.pkl")
+    assert load_network(renamed).cfg == generator_config()
+    official = tmp_path / "official.safetensors"
+    shutil.copy(DATA / "g_snapshot_san_stem.pkl", official)
+    assert (
+        load_network(official).synthesis.layer_names
+        == load_network(DATA / "g_snapshot_san_stem.pkl").synthesis.layer_names
+    )
+    assert read_info(official)["cur_nimg"] == 800000 and read_info(renamed) == INFO
+
+
+def discriminator_without_a_run(path):
+    G, config = Generator(generator_config()), DiscriminatorConfig(img_resolution=16, c_dim=2)
+    save_network(path, G, D_state={"w": torch.ones(1)}, discriminator=(config, "gan"))
+    return config
+
+
+def test_a_discriminator_can_be_stored_without_a_run(tmp_path):
+    config = discriminator_without_a_run(tmp_path / "net.safetensors")
+    stored = read_network(tmp_path / "net.safetensors")
+    assert (stored.discriminator_config, stored.head_kind) == (config, "gan")
+    assert stored.train_config is None
+
+
 @pytest.mark.parametrize(
-    ("name", "message"),
+    "metadata",
     [
-        ("network-snapshot.pkl", "official .pkl files come in a later release"),
-        ("https://example.org/net.safetensors", "URL comes in a later release"),
-        ("http://example.org/net.pkl", "URL comes in a later release"),
+        {"train": "not JSON"},
+        {"train": "[]"},
+        {"train": json.dumps({"loss": "san"})},
+        {"train": json.dumps({"loss": "wgan", "discriminator": {"img_resolution": 16}})},
+        {"train": json.dumps({"loss": "san", "discriminator": {"sharpness": 1}})},
+        {"train": json.dumps({"loss": "san", "discriminator": 3})},
+        {"discriminator": json.dumps({"config": {"img_resolution": 16}})},
+        {"info": "not JSON"},
+        {"info": "[1]"},
     ],
 )
-def test_what_comes_later_says_so(name, message):
-    for read in (load_network, read_network):
-        with pytest.raises(NetworkFileError, match=message):
-            read(name)
+def test_malformed_metadata_is_refused_in_one_line(tmp_path, metadata):
+    path = tmp_path / "net.safetensors"
+    save_network(path, Generator(generator_config()), D_state={"w": torch.ones(1)})
+    rewrite(path, **metadata)
+    with pytest.raises(NetworkFileError, match=re.escape(str(path))) as error:
+        read_network(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_configuration_of_a_huge_network_allocates_nothing(file):
+    with safe_open(file, "pt") as f:
+        config = json.loads(f.metadata()["generator"])
+    config["mapping"] |= {"w_dim": 1 << 20, "z_dim": 1 << 20}
+    rewrite(file, generator=json.dumps(config))
+    with pytest.raises(NetworkFileError, match="has shape"):
+        load_network(file)  # a petabyte if it were built first
 
 
 def test_a_folder_is_answered_with_a_file_in_it(tmp_path):
