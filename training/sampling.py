@@ -2,8 +2,8 @@
 """From seeds and class ids to images: what the sampling tools share.
 
 A seed means the same latent and class as in the official tools: each is drawn from its own fresh legacy NumPy
-generator. The official code rounds to 8 bits in several ways; the two for single images are here, the one for
-training's grids is in image_grid.py.
+generator. The official code rounds to 8 bits in three ways: `to_uint8`, `to_uint8_metrics`, and that of
+training's grids in image_grid.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,26 @@ from torch import Tensor
 
 from torch_utils.errors import UserError
 from training.generator.generator import Generator
+
+LARGEST_SEED = 2**32 - 1  # of NumPy's legacy generator
+MAX_SEEDS = 1_000_000  # in one list; more is a slip of the keyboard that would fill the memory
+
+
+@dataclass(frozen=True, eq=False)  # tensors do not compare
+class Truncation:
+    """How far style vectors are pulled to a mean: `mean + (w - mean) * psi`.
+
+    With centroids it is the multi-modal truncation of Self-Distilled StyleGAN (arXiv:2202.12211).
+    """
+
+    psi: float = 1.0  # 1 = not at all, 0 = all the way
+    cutoff: int | None = None  # only the first so many style vectors of an image; None = all
+    centroids: Tensor | None = (
+        None  # (K, w_dim): the one nearest to w is the mean; None = w_avg, of the class
+    )
+
+
+NO_TRUNCATION = Truncation()
 
 
 def latents_for_seed(seed: int, batch: int, z_dim: int) -> Tensor:
@@ -47,13 +68,62 @@ def seeded_sampler(G: Generator, seed: int, device: torch.device | str) -> Calla
     return sample
 
 
+@torch.inference_mode()
+def style_vectors(
+    G: Generator, z: Tensor, labels: Tensor | None, truncation: Truncation = NO_TRUNCATION
+) -> Tensor:
+    """ws, float32 (N, num_ws, w_dim) on the device of G, truncated.
+
+    z: (N, z_dim); labels: class ids (N,), None for an unconditional network. Raises UserError for classes
+    that do not fit.
+    """
+    device = next(G.parameters()).device
+    z, labels = z.float().to(device), None if labels is None else labels.to(device)
+    if truncation.centroids is None:
+        return G.mapping(z, labels, truncation.psi, truncation.cutoff)
+    ws = G.mapping(z, labels)
+    centroids = truncation.centroids.to(ws)
+    # Exact distances: the faster form by a matrix product loses the digits that decide between neighbours.
+    distances = torch.cdist(ws[:, 0], centroids, compute_mode="donot_use_mm_for_euclid_dist")
+    mean = centroids[distances.argmin(dim=1)].unsqueeze(1)  # (N, 1, w_dim)
+    num_truncated = G.num_ws if truncation.cutoff is None else truncation.cutoff
+    truncated = mean + (ws[:, :num_truncated] - mean) * truncation.psi
+    return torch.cat([truncated, ws[:, num_truncated:]], dim=1)
+
+
+def images_for_seed(
+    G: Generator,
+    seed: int,
+    batch: int,
+    classes: Sequence[int] | None = None,
+    truncation: Truncation = NO_TRUNCATION,
+) -> Tensor:
+    """uint8 (len(classes), batch, C, H, W) on the CPU: the latents of `seed`, the same for every class.
+
+    classes: None = one random class per image drawn from the seed, or no class for an unconditional network;
+    the first dimension is 1 then.
+    """
+    z = latents_for_seed(seed, batch, G.z_dim)
+    if classes is not None:
+        rows = [torch.full((batch,), label) for label in classes]
+    else:
+        rows = [labels_for_seed(seed, batch, G.c_dim) if G.c_dim else None]
+    return torch.stack([to_uint8(draw_images(G, style_vectors(G, z, c, truncation))) for c in rows])
+
+
+@torch.inference_mode()
+def draw_images(G: Generator, ws: Tensor) -> Tensor:
+    """Images of style vectors (N, num_ws, w_dim), float32 (N, C, H, W) on the CPU, nominally in [-1, 1]."""
+    return G.synthesis(ws.to(next(G.parameters()).device)).cpu()
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """uint8 of float images in [-1, 1] as gen_images makes it: scaled to [0, 255], clamped, truncated."""
     return ((images + 1) * (255 / 2)).clamp(0, 255).to(torch.uint8)
 
 
 def to_uint8_metrics(images: Tensor) -> Tensor:
-    """uint8 of float images in [-1, 1] as the metrics make it: x * 127.5 + 128, clamped, truncated."""
+    """uint8 of float images in [-1, 1] as the metrics and videos make it: x * 127.5 + 128, clamped, truncated."""
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
@@ -70,6 +140,22 @@ def create_image_grid(images: Tensor, columns: int | None = None) -> Tensor:
     return padded.view(rows, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
 
 
+def motion_matrix(translate: tuple[float, float], degrees: float) -> Tensor:
+    """Matrix (3, 3), float64, of the official --translate (x, y; in image widths) and --rotate."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y = translate
+    return torch.tensor([[cos, sin, x], [-sin, cos, y], [0, 0, 1]], dtype=torch.float64)
+
+
+def move_images_(G: Generator, motion: Tensor) -> None:
+    """Make G draw every image moved by `motion` (3, 3), see `motion_matrix`.
+
+    The Fourier features are moved, not pixels: what comes in from outside the image is drawn too.
+    """
+    inverse = motion.inverse()  # features are looked up where a point came from
+    G.synthesis.input.transform.copy_(inverse.float())
+
+
 def parse_seeds(text: str) -> list[int]:
     """Integers of a list such as '1,2,5-10'; ranges include both ends. UserError when it cannot be read."""
     numbers: list[int] = []
@@ -80,47 +166,12 @@ def parse_seeds(text: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise UserError(f"range {part.strip()!r} runs backwards; write {last}-{first}")
-        if last >= 2**32:
-            raise UserError(f"{last} is too large a seed; the largest is {2**32 - 1}")
+        if last > LARGEST_SEED:
+            raise UserError(f"{last} is too large a seed; the largest is {LARGEST_SEED}")
+        if len(numbers) + last - first >= MAX_SEEDS:
+            raise UserError(f"{text!r} names more than {MAX_SEEDS} numbers; give fewer")
         numbers += range(first, last + 1)
     return numbers
-
-
-def parse_classes(text: str, c_dim: int) -> list[int]:
-    """Class ids of a list such as '3' or '0,3,5-7'. UserError for ids that the network does not have."""
-    if c_dim == 0:
-        raise UserError(f"--class {text} was given, but the network is unconditional; leave it out")
-    classes = parse_seeds(text)
-    if too_large := [label for label in classes if label >= c_dim]:
-        raise UserError(f"class {too_large[0]} does not exist: the network has classes 0 to {c_dim - 1}")
-    return classes
-
-
-def images_for_seed(
-    G: Generator,
-    seed: int,
-    batch: int,
-    classes: Sequence[int] | None = None,
-    truncation_psi: float = 1.0,
-    truncation_cutoff: int | None = None,
-) -> Tensor:
-    """uint8 (len(classes), batch, C, H, W) on the CPU: the latents of `seed`, the same for every class.
-
-    classes: None = one random class per image drawn from the seed, or no class for an unconditional network;
-    the first dimension is 1 then.
-    """
-    device = next(G.parameters()).device
-    z = latents_for_seed(seed, batch, G.z_dim).float().to(device)
-    if classes is not None:
-        rows = [torch.full((batch,), label) for label in classes]
-    else:
-        rows = [labels_for_seed(seed, batch, G.c_dim) if G.c_dim else None]
-    results = []
-    with torch.inference_mode():
-        for labels in rows:
-            c = None if labels is None else labels.to(device)
-            results.append(to_uint8(G(z, c, truncation_psi, truncation_cutoff)).cpu())
-    return torch.stack(results)
 
 
 def pick_device(name: str) -> torch.device:

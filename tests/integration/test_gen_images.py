@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """gen_images.py on tiny untrained networks: files, their contents, defaults, and errors of one line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,15 +14,17 @@ from click.testing import CliRunner
 from PIL import Image
 
 import gen_images
+from training.centroids import compute_centroids
 from training.config import GeneratorConfig, MappingConfig, SynthesisConfig
 from training.generator.generator import Generator
 from training.network_io import load_network, save_network
 from training.sampling import latents_for_seed
 
 ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data"
 
 
-def write_network(path, c_dim, img_channels=3):
+def write_network(path, c_dim, img_channels=3, info=None):
     torch.manual_seed(1)
     mapping = MappingConfig(z_dim=4, w_dim=8, c_dim=c_dim, num_embeddings=max(c_dim, 1), embedding_dim=6)
     synthesis = SynthesisConfig(
@@ -29,7 +32,7 @@ def write_network(path, c_dim, img_channels=3):
     )
     G = Generator(GeneratorConfig(mapping=mapping, synthesis=synthesis))
     G.mapping.w_avg.normal_()
-    save_network(path, G)
+    save_network(path, G, info=info)
     return str(path)
 
 
@@ -123,14 +126,20 @@ def test_files_of_the_same_name_are_overwritten_and_others_kept(network, tmp_pat
     ("arguments", "message"),
     [
         (["--network", "absent.safetensors"], "absent.safetensors does not exist"),
-        (["--network", "net.pkl"], "later release"),
         (["--seeds", "1-x"], "'1-x' is not a list of numbers and ranges"),
         (["--class", "3"], "class 3 does not exist: the network has classes 0 to 2"),
+        (["--class", "dog"], "class 'dog' is no index, and"),
         (["--device", "abacus"], "--device abacus is unknown"),
+        (["--trunc", "nan"], "--trunc nan is not a number to scale by"),
+        (["--translate", "1"], "--translate 1 is not two numbers; write for example"),
+        (["--translate", "1,inf"], "--translate 1,inf is not two numbers"),
+        (["--rotate", "inf"], "--rotate inf is not an angle"),
+        (["--centroids-path", "absent.npy"], "--centroids-path absent.npy is not a file"),
+        (["--centroids-path", "c.npy", "--centroids", "4"], "give one of the two"),
     ],
 )
 def test_errors_are_one_line(network, tmp_path, arguments, message):
-    command = ["--network", network, "--outdir", str(tmp_path / "out"), *arguments]
+    command = ["--network", network, "--outdir", str(tmp_path / "out"), "--trunc", "0.5", *arguments]
     result = CliRunner().invoke(gen_images.main, command)
     assert result.exit_code == 1
     assert result.output.startswith("Error: ") and result.output.count("\n") == 1
@@ -143,6 +152,86 @@ def test_folder_that_cannot_be_made(network, tmp_path):
     command = ["--network", network, "--outdir", str(tmp_path / "file" / "out")]
     result = CliRunner().invoke(gen_images.main, command)
     assert result.exit_code == 1 and "cannot be made" in result.output
+
+
+def test_class_by_name(tmp_path):
+    network = write_network(
+        tmp_path / "net.safetensors", c_dim=3, info={"class_names": ["cat", "dog", "cow"]}
+    )
+    run(network, tmp_path / "name", "--seeds", "0", "--class", "dog")
+    run(network, tmp_path / "index", "--seeds", "0", "--class", "1")
+    run(network, tmp_path / "other", "--seeds", "0", "--class", "cow")
+    np.testing.assert_array_equal(
+        pixels(tmp_path / "name/seed0000.png"), pixels(tmp_path / "index/seed0000.png")
+    )
+    assert np.abs(pixels(tmp_path / "name/seed0000.png") - pixels(tmp_path / "other/seed0000.png")).max() > 1
+
+
+def test_same_seed_and_class_whatever_the_batch(network, tmp_path):
+    run(network, tmp_path / "one", "--seeds", "3", "--class", "2")
+    run(network, tmp_path / "six", "--seeds", "3", "--class", "2", "--batch-sz", "6")
+    one, six = pixels(tmp_path / "one" / "seed0003.png"), pixels(tmp_path / "six" / "seed0003.png")
+    assert np.abs(six[:16, :16] - one).max() <= 1
+
+
+def test_without_psi_every_seed_shows_the_mean(network, tmp_path):
+    out = tmp_path / "out"
+    run(network, out, "--seeds", "0-2", "--class", "1", "--trunc", "0")
+    G = load_network(network)
+    with torch.no_grad():
+        mean = G.synthesis(G.mapping.w_avg[1].expand(1, G.num_ws, -1))[0]
+    expected = ((mean + 1) * 127.5).clamp(0, 255).byte().permute(1, 2, 0).numpy().astype(int)
+    for seed in range(3):
+        assert np.abs(pixels(out / f"seed{seed:04d}.png") - expected).max() <= 1
+
+
+def test_moved_images(network, tmp_path):
+    common = ("--seeds", "0", "--class", "0", "--noise-mode", "none")
+    run(network, tmp_path / "still", *common)
+    run(network, tmp_path / "zero", *common, "--translate", "0,0", "--rotate", "360")
+    run(network, tmp_path / "moved", *common, "--translate", "0.25,0")
+    run(network, tmp_path / "turned", *common, "--rotate", "-30")
+    still, zero, moved, turned = (
+        pixels(tmp_path / name / "seed0000.png") for name in ("still", "zero", "moved", "turned")
+    )
+    assert np.abs(still - zero).max() <= 1
+    assert np.abs(still - moved).max() > 1 and np.abs(still - turned).max() > 1
+
+
+def test_computed_centroids_are_kept_and_read(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        compute_centroids, "__kwdefaults__", {**compute_centroids.__kwdefaults__, "num_samples": 500}
+    )
+    common = ("--seeds", "0-3", "--class", "1", "--trunc", "0")
+    names = run(network, tmp_path / "made", *common, "--centroids", "2")
+    assert names == ["centroids.npy", *(f"seed{seed:04d}.png" for seed in range(4))]
+    path = tmp_path / "made" / "centroids.npy"
+    centroids = np.load(path)
+    assert centroids.shape == (2, 8) and centroids.dtype == np.float32
+    run(network, tmp_path / "read", *common, "--centroids-path", str(path))
+    pictures = set()
+    for seed in range(4):
+        name = f"seed{seed:04d}.png"
+        made = pixels(tmp_path / "made" / name)
+        np.testing.assert_array_equal(made, pixels(tmp_path / "read" / name))
+        pictures.add(made.tobytes())
+    assert len(pictures) <= 2  # with psi 0 there are only the centroids to see
+
+
+@pytest.mark.parametrize("centroids", [False, True])
+def test_pixels_of_an_official_file(tmp_path, centroids):
+    """Straight from the pickle, the recorded pictures of the official tool: 1 level off on at most 0.5 %."""
+    golden = np.load(DATA / "g_inference.npz")
+    meta = json.loads(str(golden["meta_json"]))
+    np.save(tmp_path / "c.npy", golden["centroids"])
+    arguments = ["--seeds", ",".join(map(str, meta["seeds"])), "--trunc", str(meta["psi"])]
+    arguments += ["--class", str(meta["class_idx"])]
+    arguments += ["--centroids-path", str(tmp_path / "c.npy")] if centroids else []
+    run(str(DATA / meta["network"]), tmp_path / "out", *arguments)
+    for seed in meta["seeds"]:
+        expected = golden[f"seed{seed}/u8_{'multimodal' if centroids else 'unimodal'}"][0]
+        difference = np.abs(pixels(tmp_path / "out" / f"seed{seed:04d}.png") - expected)
+        assert difference.max() <= 1 and np.mean(difference > 0) <= 0.005
 
 
 def test_as_a_program(network, tmp_path):
