@@ -25,11 +25,11 @@ from training.discriminator.feature_network import build_feature_network
 from training.discriminator.projected import ProjectedDiscriminator
 from training.generator.generator import Generator
 from training.initialization import (
-    Networks,
     build_networks,
     class_mean_features,
+    pooled_class_means,
+    preview_start,
     set_class_embeddings_,
-    start_from_network_,
 )
 from training.network_io import save_network
 from training.presets import quickstart
@@ -189,96 +189,21 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
         set_class_embeddings_(G, D, make_config(str(tmp_path / "absent.npy")), None, CPU)
 
 
-# Starting from a file.
+# Starting from a file. What is taken from it: test_transfer_plan.py.
 
 
 @pytest.fixture
 def stored(tmp_path):
-    """(path, G_ema, G, D) of a network file; the last two differ from what is loaded."""
+    """(path, G_ema, G, D) of a network file; all four differ."""
     path = tmp_path / "net.safetensors"
     G_ema, G, D = Generator(GENERATOR), Generator(GENERATOR), make_discriminator("san")
-    save_network(path, G_ema, G=G, D_state=D.trained_state_dict())
+    save_network(path, G_ema, G=G, D_state=D.trained_state_dict(), config=make_config("random"))
     return path, G_ema, G, D
-
-
-def start_from(G: Generator, D, path) -> tuple[str, Generator]:
-    """What start_from_network_ says, and the moving average that it filled."""
-    networks = Networks(G, D, Generator(G.cfg))
-    return start_from_network_(networks, str(path)), networks.G_ema
 
 
 def assert_equal_states(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_every_network_starts_from_its_own_weights(stored):
-    path, G_ema, G, D = stored
-    new_G, new_D = Generator(GENERATOR), make_discriminator("san")
-    message, new_G_ema = start_from(new_G, new_D, path)
-    assert message == f"Started from {path}: generator and discriminator loaded."
-    assert_equal_states(new_G_ema.state_dict(), G_ema.state_dict())
-    assert_equal_states(new_G.state_dict(), G.state_dict())
-    assert_equal_states(new_D.trained_state_dict(), D.trained_state_dict())
-    assert all(p.requires_grad for p in new_G.parameters())
-
-
-def test_a_file_without_discriminator(tmp_path):
-    path, G_ema = tmp_path / "net.safetensors", Generator(GENERATOR)
-    save_network(path, G_ema)
-    G, D = Generator(GENERATOR), make_discriminator("san")
-    before = {name: value.clone() for name, value in D.state_dict().items()}
-    message, new_G_ema = start_from(G, D, path)
-    assert "D starts fresh" in message
-    assert_equal_states(G.state_dict(), G_ema.state_dict())
-    assert_equal_states(new_G_ema.state_dict(), G_ema.state_dict())
-    assert_equal_states(D.state_dict(), before)
-
-
-@pytest.mark.parametrize(
-    ("part", "changes", "message"),
-    [
-        ("mapping", {"w_dim": 16}, "w_dim=8, this run asks for 16"),
-        ("mapping", {"c_dim": 2}, "c_dim=3, this run asks for 2"),
-        ("synthesis", {"num_layers": 4}, "num_layers=3, this run asks for 4"),
-        ("synthesis", {"img_resolution": 32}, "img_resolution=16, this run asks for 32"),
-    ],
-)
-def test_another_generator_is_refused(stored, part, changes, message):
-    other = replace(GENERATOR, **{part: replace(getattr(GENERATOR, part), **changes)})
-    G = Generator(other)
-    before = {name: value.clone() for name, value in G.state_dict().items()}
-    with pytest.raises(UserError, match=message) as error:
-        start_from(G, make_discriminator("san"), stored[0])
-    assert str(stored[0]) in str(error.value) and "\n" not in str(error.value)
-    assert_equal_states(G.state_dict(), before)
-
-
-def test_another_discriminator_is_refused(stored):
-    with pytest.raises(ConfigError, match="built from another configuration"):
-        start_from(Generator(GENERATOR), make_discriminator("gan"), stored[0])
-    wider = replace(DISCRIMINATOR, projected_channels=16)
-    with pytest.raises(ConfigError, match="has shape"):
-        start_from(Generator(GENERATOR), make_discriminator("san", wider), stored[0])
-
-
-def test_missing_and_foreign_files_are_refused(tmp_path):
-    G, D = Generator(GENERATOR), make_discriminator("san")
-    with pytest.raises(UserError, match="does not exist"):
-        start_from(G, D, tmp_path / "absent.safetensors")
-    (tmp_path / "foreign.safetensors").write_bytes(json.dumps({}).encode())
-    with pytest.raises(UserError, match=r"foreign\.safetensors"):
-        start_from(G, D, tmp_path / "foreign.safetensors")
-
-
-def test_another_batch_size_is_no_reason_to_refuse(stored):
-    synthesis = replace(
-        GENERATOR.synthesis, magnitude_ema_beta=0.5
-    )  # what --batch changes in the configuration
-    message, _ = start_from(
-        Generator(replace(GENERATOR, synthesis=synthesis)), make_discriminator("san"), stored[0]
-    )
-    assert "loaded" in message
 
 
 def test_networks_are_ready_for_the_first_step(features, tiny_folder):
@@ -291,16 +216,83 @@ def test_networks_are_ready_for_the_first_step(features, tiny_folder):
     assert not any(p.requires_grad for p in networks.G_ema.parameters())
     assert not any(
         p.requires_grad for p in networks.D.parameters()
-    )  # else the first G step would fill gradients
+    )  # else G's first step would fill gradients
 
 
-def test_building_from_a_file(stored, tiny_folder):
+def test_every_network_starts_from_its_own_weights(stored, tiny_folder):
     path, G_ema, G, D = stored
-    config = replace(make_config("data"), resume=str(path))
+    config = replace(make_config("checkpoint"), resume=str(path))
     networks, origin = build_networks(config, open_dataset(tiny_folder, use_labels=True), CPU)
-    assert origin.startswith(f"Started from {path}")
-    # The file's class table, not the one computed from the data, stands in the end.
+    assert origin.startswith(f"Starting from {path}: 16x16, 3 classes, SAN discriminator.\nnetwork ")
     assert_equal_states(networks.G.state_dict(), G.state_dict())
     assert_equal_states(networks.G_ema.state_dict(), G_ema.state_dict())
     assert_equal_states(networks.D.trained_state_dict(), D.trained_state_dict())
+    assert all(p.requires_grad for p in networks.G.parameters())
     assert not any(p.requires_grad for p in networks.G_ema.parameters())
+    assert not any(p.requires_grad for p in networks.D.parameters())
+
+
+def test_preview_says_what_a_run_would_take(stored, tiny_folder):
+    config = replace(make_config("checkpoint"), resume=str(stored[0]))
+    dataset = open_dataset(tiny_folder, use_labels=True)
+    assert build_networks(config, dataset, CPU)[1] == preview_start(config, dataset)
+    with pytest.raises(ConfigError, match="--freezed 3: the heads of D have at most 2 blocks"):
+        preview_start(replace(config, frozen_head_blocks=3), dataset)
+
+
+def test_frozen_blocks_are_frozen_from_the_start(stored, tiny_folder):
+    config = replace(make_config("checkpoint"), resume=str(stored[0]), frozen_head_blocks=1)
+    networks, origin = build_networks(config, open_dataset(tiny_folder, use_labels=True), CPU)
+    assert origin.endswith("The first 1 blocks of every head of D stay as they are.")
+    networks.D.set_trainable_(True)
+    first = [p for name, p in networks.D.heads.named_parameters() if ".trunk.0." in name]
+    assert len(first) == 2 * 4 and not any(p.requires_grad for p in first)
+
+
+@pytest.mark.parametrize("choice", ["auto", "nearest"])
+def test_new_classes_start_from_those_with_the_most_similar_images(features, tiny_folder, tmp_path, choice):
+    """A table of raw features, as official files have: each class of the data finds the row of its own images."""
+    dataset = open_dataset(tiny_folder, use_labels=True)
+    rows = pooled_class_means(dataset, CPU)
+    table = torch.cat([rows[[2]], torch.randn(1, 320), rows[[0]], rows[[1]]])
+    generator = replace(GENERATOR, mapping=replace(GENERATOR.mapping, c_dim=4))
+    G_ema = Generator(generator)
+    G_ema.mapping.embed.weight.data.copy_(1.7 * table + 0.001)
+    G_ema.mapping.w_avg.normal_()
+    save_network(path := tmp_path / "net.safetensors", G_ema)
+    config = replace(make_config("checkpoint"), resume=str(path), classes_from=choice)
+    networks, origin = build_networks(config, dataset, CPU)
+    assert "nearest by image features: from class 2, 3, 0" in origin
+    assert torch.equal(networks.G_ema.mapping.w_avg, G_ema.mapping.w_avg[[2, 3, 0]])
+    z = torch.randn(3, 4)
+    expected = G_ema.requires_grad_(False)(z, torch.tensor([2, 3, 0]))
+    assert torch.equal(networks.G_ema(z, torch.arange(3)), expected)
+
+
+def test_a_set_without_classes_counts_as_one_class(features, tiny_folder):
+    dataset = open_dataset(tiny_folder)
+    expected = torch.stack([features(image) for image, _ in dataset]).mean(dim=0)
+    torch.testing.assert_close(pooled_class_means(dataset, CPU)[0], expected, rtol=1e-3, atol=2e-3)
+
+
+def test_missing_foreign_and_other_files_are_refused_before_anything_is_built(
+    stored, tmp_path, tiny_folder, monkeypatch
+):
+    def fail(*_args, **_options):
+        raise AssertionError("built")
+
+    monkeypatch.setattr(initialization, "ProjectedDiscriminator", fail)
+    dataset = open_dataset(tiny_folder, use_labels=True)
+    (tmp_path / "foreign.safetensors").write_bytes(json.dumps({}).encode())
+    config = make_config("checkpoint")
+    wider = replace(
+        config, discriminator=replace(DISCRIMINATOR, projected_channels=16), resume=str(stored[0])
+    )
+    cases = {
+        "does not exist": replace(config, resume=str(tmp_path / "absent.safetensors")),
+        r"foreign\.safetensors": replace(config, resume=str(tmp_path / "foreign.safetensors")),
+        "projected_channels=8, this run asks for 16": wider,
+    }
+    for message, bad_config in cases.items():
+        with pytest.raises(UserError, match=message):
+            build_networks(bad_config, dataset, CPU)

@@ -47,7 +47,8 @@ class FeatureNetwork(nn.Module):
         # (x + 1) / 2 and (x - mean) / std in one step. Lite0's 0.5 and 0.5 make it the identity.
         self.register_buffer("input_scale", 0.5 / std, persistent=False)
         self.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
-        self.is_identity_normalization = bool((0.5 / std == 1).all() and (mean == 0.5).all())
+        statistics = [*backbone.default_cfg["mean"], *backbone.default_cfg["std"]]
+        self.is_identity_normalization = all(value == 0.5 for value in statistics)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] with the mean and deviation that the network was trained on."""

@@ -110,6 +110,11 @@ class ProjectionHead(nn.Module):
         logits = self.last(x)
         return (logits if isinstance(logits, san.SANLogits) else san.SANLogits.plain(logits)).flatten(1)
 
+    def freeze_blocks_(self, count: int) -> None:
+        """Freeze the first `count` blocks of the trunk for good, or all of them if there are fewer."""
+        for block in self.trunk[:count]:
+            block.freeze_()
+
     def final_size(self, size: int) -> int:
         """Side of the map of logits for a square input of side `size`; less than 1 if that is too small."""
         for _ in self.trunk:
@@ -118,7 +123,11 @@ class ProjectionHead(nn.Module):
 
 
 class DownBlock(nn.Sequential):
-    """Convolution with stride 2, BatchNorm, leaky ReLU: (N, C_in, H, W) -> (N, C_out, H // 2, W // 2)."""
+    """Convolution with stride 2, BatchNorm, leaky ReLU: (N, C_in, H, W) -> (N, C_out, H // 2, W // 2).
+
+    A frozen block (FreezeD, arXiv:2002.10964) computes what it computed, and none of its tensors moves: its
+    spectral vectors stay, and BatchNorm still normalises by each batch but no longer averages the statistics.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
@@ -126,6 +135,21 @@ class DownBlock(nn.Sequential):
             nn.BatchNorm2d(out_channels),
             nn.LeakyReLU(LEAK, inplace=True),
         )
+        self.is_frozen = False
+
+    def freeze_(self) -> None:
+        """Let neither gradients nor training mode change the block any more."""
+        self.is_frozen = True
+        self.requires_grad_(False)
+        # Fixed statistics in place of the batch's would tell real from fake batches apart by their means alone.
+        self[1].track_running_stats = False
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DownBlock:
+        super().train(mode)
+        if self.is_frozen:
+            self[0].eval()  # the stored spectral vectors, without a power iteration
+        return self
 
 
 class SANClassProjection(nn.Module):

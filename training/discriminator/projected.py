@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from san import SANLogits
 from training.config import ConfigError, DiscriminatorConfig
 from training.discriminator.feature_network import MAX_LEVELS, build_feature_network, resize
-from training.discriminator.heads import HeadKind, ProjectionHead
+from training.discriminator.heads import DownBlock, HeadKind, ProjectionHead
 from training.discriminator.projector import Projector
 
 
@@ -55,7 +55,7 @@ class ProjectedDiscriminator(nn.Module):
             )
             resolution = network.required_resolution or cfg.feature_resolution or cfg.img_resolution
             _check_sizes(name, resolution, network.level_sizes(resolution), heads)
-            key = _module_key(name)
+            key = module_key(name)
             self.feature_networks[key], self.projectors[key], self.heads[key] = network, projector, heads
         self.to(memory_format=torch.channels_last)
         self.train()
@@ -87,7 +87,7 @@ class ProjectedDiscriminator(nn.Module):
 
     def backbone_logits(self, name: str, images: Tensor, labels: Tensor | None) -> SANLogits:
         """Logits (N, K) of one backbone for images (N, 3, H, W) in [-1, 1] that are augmented already."""
-        key = _module_key(name)
+        key = module_key(name)
         network = self.feature_networks[key]
         resolution = network.required_resolution or self.cfg.feature_resolution
         projected = self.projectors[key](network(resize(network.normalize(images), resolution)))
@@ -103,8 +103,22 @@ class ProjectedDiscriminator(nn.Module):
         return self
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters for the optimizer: those of the heads."""
-        return self.heads.parameters()
+        """Parameters for the optimizer: those of the heads, without frozen blocks."""
+        blocks = (m for m in self.heads.modules() if isinstance(m, DownBlock) and m.is_frozen)
+        frozen = {id(parameter) for block in blocks for parameter in block.parameters()}
+        return (parameter for parameter in self.heads.parameters() if id(parameter) not in frozen)
+
+    def freeze_blocks_(self, count: int) -> None:
+        """Freeze the first `count` blocks of every head for good: a block keeps its weights and statistics.
+
+        Heads with fewer blocks are frozen up to their last layer. Raises ConfigError when no head has so many.
+        """
+        heads = [head for level in self.heads.values() for head in level]
+        most = max(len(head.trunk) for head in heads)
+        if count > most:
+            raise ConfigError(f"--freezed {count}: the heads of D have at most {most} blocks; freeze fewer")
+        for head in heads:
+            head.freeze_blocks_(count)
 
     def set_trainable_(self, mode: bool) -> None:
         """Let gradients reach the heads' parameters, or not. Never touches the frozen parts."""
@@ -162,7 +176,8 @@ class ProjectedDiscriminator(nn.Module):
 _HINT = "it was built from another configuration; use the one stored beside it"
 
 
-def _module_key(name: str) -> str:
+def module_key(name: str) -> str:
+    """Name of a backbone's parts in the state dict."""
     return name.replace(".", "-")  # timm's tags follow a dot, which names of modules cannot contain
 
 
