@@ -6,6 +6,9 @@ from __future__ import annotations
 import ast
 import doctest
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +112,11 @@ def flags_of(*sources: str) -> set[str]:
 
 SCRIPT_FLAGS = {
     "train.py": flags_of("training/cli_options.py") | {"--help"},
-    "gen_images.py": flags_of("gen_images.py") | {"--help"},
+    **{
+        script: flags_of(script, "training/sampling_cli.py") | {"--help"}
+        for script in ("gen_images.py", "gen_class_samplesheet.py", "gen_video.py")
+    },
+    "dataset_tool.py": flags_of("dataset_tool.py") | {"--help"},
     "tests/benchmarks/quickstart.py": flags_of("tests/benchmarks/quickstart.py") | {"--help"},
 }
 
@@ -129,10 +136,19 @@ def test_the_documents_are_there():
     names = {file.relative_to(ROOT).as_posix() for file in DOCS}
     assert {
         "README.md",
-        "docs/architecture.md",
-        "docs/fidelity.md",
-        "docs/san.md",
-        "docs/training.md",
+        *(
+            f"docs/{name}.md"
+            for name in (
+                "architecture",
+                "checkpoints",
+                "fidelity",
+                "finetune",
+                "plugin",
+                "reproduce",
+                "san",
+                "training",
+            )
+        ),
     } <= names
 
 
@@ -218,18 +234,18 @@ def test_refused_flags_are_in_the_fidelity_table():
 
 
 def test_data_set_example_makes_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The guide's two programs, the resizing one first, on a small folder of photographs."""
+    """The guide's command, on a small folder of photographs."""
     for name, size in (("cat/a.png", (90, 70)), ("cat/b.png", (64, 64)), ("dog/a.png", (10, 31))):
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((*size, 4), np.uint8)).save(tmp_path / "photos" / name)
     monkeypatch.chdir(tmp_path)
-    blocks = [b for kind, b in FENCE.findall((ROOT / "docs" / "training.md").read_text()) if kind == "python"]
-    zipping, resizing = blocks
-    for block in (resizing, zipping):
-        exec(compile(block, "docs/training.md", "exec"), {})
+    commands = (ROOT / "docs" / "training.md").read_text().splitlines()
+    command = next(line for line in commands if line.startswith("python dataset_tool.py --source photos"))
+    subprocess.run([sys.executable, ROOT / "dataset_tool.py", *shlex.split(command)[2:]], check=True)
     dataset = open_dataset("photos.zip", use_labels=True)
     assert (len(dataset), dataset.resolution, dataset.c_dim) == (3, 64, 2)
     assert dataset.labels.tolist() == [0, 0, 1]
+    assert dataset.class_names == ("cat", "dog")
 
 
 def test_the_checks_can_fail(tmp_path: Path):
