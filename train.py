@@ -3,6 +3,7 @@
 
 python train.py --loss san --preset quickstart
 python train.py --loss san --cfg stylegan3-t --data my_images.zip --batch 64 --batch-gpu 8
+python train.py --loss san --ladder digits
 """
 
 import os
@@ -27,7 +28,12 @@ def main(**flags: Any) -> None:
     Start with: python train.py --loss san --preset quickstart
     """
     try:
-        run_training(flags)
+        if flags["ladder"] is None:
+            run_training(flags)
+        else:
+            from training.ladder_run import run_ladder  # imports timm and friends, which takes seconds
+
+            run_ladder(flags)
     except UserError as error:
         raise click.ClickException(str(error)) from error
 

@@ -12,18 +12,24 @@ from typing import Any
 
 import click
 
+from training.cli_superres import (
+    add_stage_of_flags,
+    check_stage_flags,
+    is_stage_run,
+    put_on_stem,
+    stage_notes,
+    stem_resolution,
+)
 from training.config import ConfigError, TrainConfig, to_json
 from training.dataset import ImageDataset, open_dataset
+from training.finetune.settings import adapt_embedding, adopt_networks, open_data, recipe_of
+from training.generator.network_plan import plan_network
+from training.network_io import NetworkFile, read_network
 from training.presets import PRESETS, stylegan_xl
 from training.sampling import pick_device
 
 NOT_YET = "is not in this version"
 REFUSED_FLAGS = {
-    "freezed": f"--freezed had no effect in StyleGAN-XL, and freezing layers of D {NOT_YET}; leave it out",
-    "superres": f"--superres {NOT_YET}: it trains stems only; leave it out to train a stem",
-    "path_stem": f"--path_stem {NOT_YET}: it belongs to super-resolution stages; leave it out to train a stem",
-    "head_layers": f"--head_layers {NOT_YET}: it belongs to super-resolution stages; leave it out",
-    "up_factor": f"--up_factor {NOT_YET}: it belongs to super-resolution stages; leave it out",
     "restart_every": f"--restart_every {NOT_YET}: it needs an exact resume; leave it out",
 }
 
@@ -34,7 +40,13 @@ def run_training(flags: dict[str, Any]) -> None:
     device = pick_device(flags["device"])
     config, dataset = build_config(flags)
     click.echo(to_json(config))
+    for note in stage_notes(config, flags):
+        click.echo(note)
     if flags["dry_run"]:
+        if config.resume is not None:
+            from training.initialization import preview_start
+
+            click.echo(preview_start(config, dataset))
         click.echo("Dry run: nothing was trained or written.")
         return
     from training.training_loop import (
@@ -50,29 +62,40 @@ def check_refused(flags: dict[str, Any]) -> None:
     for name, reason in REFUSED_FLAGS.items():
         if flags[name]:
             raise ConfigError(reason)
-    if (flags["gpus"] or 1) > 1:
+    if num_processes(flags) > 1 and not flags["dry_run"]:
         raise ConfigError(f"--gpus {flags['gpus']}: training on several GPUs {NOT_YET}; use --gpus 1")
     if flags["cfg"] in ("stylegan2", "fastgan"):
         raise ConfigError(
             f"--cfg {flags['cfg']}: only the StyleGAN3 layers are here; use stylegan3-t or stylegan3-r"
         )
-    if flags["preset"] is None:
+    if flags["classes_from"] is not None and flags["resume"] is None:
+        raise ConfigError(f"--classes-from {flags['classes_from']} belongs to --resume; add --resume FILE")
+    if flags["preset"] is None and (flags["resume"] is None or flags["cfg"] is not None):
         missing = [f"--{name}" for name in ("cfg", "data", "batch") if flags[name] is None]
         if missing:
             raise ConfigError(
                 f"{', '.join(missing)} missing; give a value, or start from --preset quickstart"
             )
+    elif flags["preset"] is None:
+        pass  # the file of --resume may say the rest
     elif flags["data"] is None and not PRESETS[flags["preset"]]().data.path:
         raise ConfigError(f"--data missing; --preset {flags['preset']} needs the zip or folder of its images")
     elif flags["cfg"] is not None:
         raise ConfigError(
             f"--cfg {flags['cfg']} and --preset {flags['preset']} both choose the layers; give one of them"
         )
+    check_stage_flags(flags)
+
+
+def num_processes(flags: dict[str, Any]) -> int:
+    """How many processes, one per GPU, the flags ask for."""
+    return flags["gpus"] or 1
 
 
 def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
     """The complete configuration for the given flags, and the opened data set. Raises UserError."""
-    config = PRESETS[flags["preset"]]() if flags["preset"] else stylegan_xl(flags["cfg"], data=flags["data"])
+    stored = None if flags["resume"] is None else read_network(flags["resume"])
+    config = starting_config(flags, stored)
     config = replace(
         config,
         data=override(
@@ -84,10 +107,21 @@ def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
             seed=flags["seed"],
         ),
     )
+    if is_stage_run(flags):
+        config = add_stage_of_flags(config, flags)
     data = config.data
-    dataset = open_dataset(data.path, data.use_labels, data.mirror, data.max_size, data.seed)
+    if stored is None:
+        dataset = open_dataset(data.path, data.use_labels, data.mirror, data.max_size, data.seed)
+    else:
+        config = adopt_networks(config, stored, flags)
+        config, dataset = open_data(config, stored, flags)
     config = override_networks(adapt_to_data(config, dataset), flags)
     config = override_schedule(config, flags)
+    if is_stage_run(flags):
+        config = put_on_stem(config, flags, dataset)
+    if stored is not None:
+        config = adapt_embedding(config, stored, flags)
+    plan_network(config.generator)  # refuses what gives no network
     if config.loss_terms.cls_weight and dataset.c_dim != 1000:
         raise ConfigError(f"--cls_weight needs the 1,000 ImageNet classes; {data.path} has {dataset.c_dim}")
     if config.metrics:
@@ -95,8 +129,17 @@ def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
 
         for name in config.metrics:
             check_metric(name)
-    config.validate()
+    config.validate(world_size=num_processes(flags))
     return config, dataset
+
+
+def starting_config(flags: dict[str, Any], stored: NetworkFile | None) -> TrainConfig:
+    """What the other flags override: the preset, the paper's defaults, or what goes with the file of --resume."""
+    if flags["preset"]:
+        return PRESETS[flags["preset"]]()
+    if flags["cfg"] or stored is None:
+        return stylegan_xl(flags["cfg"], data=flags["data"])
+    return recipe_of(stored, flags)
 
 
 def override(config: Any, **values: Any) -> Any:
@@ -117,7 +160,9 @@ def adapt_to_data(config: TrainConfig, dataset: ImageDataset) -> TrainConfig:
         generator=replace(
             generator,
             mapping=mapping,
-            synthesis=replace(generator.synthesis, img_resolution=dataset.resolution),
+            synthesis=replace(
+                generator.synthesis, img_resolution=stem_resolution(config, dataset.resolution)
+            ),
         ),
         discriminator=replace(
             discriminator,
@@ -154,7 +199,9 @@ def override_networks(config: TrainConfig, flags: dict[str, Any]) -> TrainConfig
         ),
         generator_optimizer=override(config.generator_optimizer, lr=flags["glr"]),
         discriminator_optimizer=override(config.discriminator_optimizer, lr=flags["dlr"]),
-        loss_terms=override(config.loss_terms, cls_weight=flags["cls_weight"]),
+        loss_terms=override(
+            config.loss_terms, cls_weight=flags["cls_weight"], blur_fade_kimg=flags["blur_kimg"]
+        ),
     )
 
 
@@ -169,15 +216,26 @@ def override_schedule(config: TrainConfig, flags: dict[str, Any]) -> TrainConfig
     return override(
         config,
         loss=flags["loss"],
-        microbatch_size=flags["batch_gpu"] or flags["batch"],
+        microbatch_size=flags["batch_gpu"] or whole_batch(flags),
         total_kimg=flags["kimg"],
         tick_kimg=flags["tick"],
         snapshot_ticks=flags["snap"],
         seed=flags["seed"],
         metrics=flags["metrics"],
         embedding_source=flags["embedding"],
+        frozen_head_blocks=flags["freezed"],
         benchmark=None if flags["nobench"] is None else not flags["nobench"],
     )
+
+
+def whole_batch(flags: dict[str, Any]) -> int | None:
+    """Images per process and step, when --batch says so: the micro-batch unless --batch-gpu is given."""
+    batch_size, processes = flags["batch"], num_processes(flags)
+    if batch_size is None:
+        return None
+    if batch_size % processes:
+        raise ConfigError(f"--batch {batch_size} is not a multiple of --gpus {processes}; change either")
+    return batch_size // processes
 
 
 def rescale_to_batch(config: TrainConfig, batch_size: int) -> TrainConfig:
@@ -193,7 +251,13 @@ def rescale_to_batch(config: TrainConfig, batch_size: int) -> TrainConfig:
 
 def describe_run(flags: dict[str, Any], config: TrainConfig, dataset: ImageDataset) -> str:
     """Name of the run folder after its number: configuration, data, processes, batch."""
-    parts = [config.loss, flags["preset"] or flags["cfg"], dataset.name, "gpus1", f"batch{config.batch_size}"]
+    parts = [
+        config.loss,
+        flags["preset"] or flags["cfg"] or "finetune",
+        dataset.name,
+        f"gpus{num_processes(flags)}",
+    ]
+    parts.append(f"batch{config.batch_size}")
     return "-".join(parts + ([flags["desc"]] if flags["desc"] else []))
 
 

@@ -11,11 +11,13 @@ from collections.abc import Callable
 
 import click
 
+from training.ladder import LADDER_NAMES
 from training.presets import PRESETS
 
 POSITIVE = click.IntRange(min=1)
 NOT_NEGATIVE = click.IntRange(min=0)
 POSITIVE_REAL = click.FloatRange(min=0, min_open=True)
+NOT_NEGATIVE_REAL = click.FloatRange(min=0)
 BOOL = {"type": bool, "metavar": "BOOL"}
 
 
@@ -35,6 +37,10 @@ def choice(*names: str) -> click.Choice:
 
 GENERAL = [
     click.option("--preset", type=choice(*sorted(PRESETS)), help="Named recipe; other flags override it"),
+    click.option("--ladder", type=choice(*LADDER_NAMES), metavar="NAME",
+                 help="Train all stages of a recipe, or those up to the stage of that name, each in OUTDIR/NAME/STAGE; "
+                 "run it again to go on where it stopped. --data 'x_{resolution}.zip' names the images of each stage. "
+                 f"Names: {', '.join(LADDER_NAMES)}"),
     click.option("--loss", type=choice("san", "gan"), help="SAN or plain GAN discriminator  [default: san]"),
     click.option("--outdir", metavar="DIR", default="runs", show_default=True, help="Where run folders go"),
     click.option("--data", metavar="ZIP|DIR|digits", help="Training images [required without --preset]"),
@@ -56,7 +62,16 @@ DATA = [
                  "  [default: data]"),
 ]  # fmt: skip
 NETWORKS = [
-    click.option("--resume", metavar="FILE", help="Start from the weights of this network file"),
+    click.option("--resume", metavar="FILE",
+                 help="Start from the weights of this network file; its layers need no flags, and without --cfg and"
+                 " --preset its settings apply too"),
+    click.option("--classes-from", metavar="same|names|nearest|mean|LIST|FILE",
+                 help="With --resume: what each class of the data starts from. The class with the same id, or name, or"
+                 " the most similar images; the mean of all; or a list (or a file, one per line) with a class of the"
+                 " checkpoint for each  [default: names, same, nearest or mean, whichever can be had first]"),
+    click.option("--freezed", type=NOT_NEGATIVE,
+                 help="With --resume: keep the first N blocks (convolution and BatchNorm) of every head of D as they"
+                 " are  [default: 0]"),
     click.option("--cbase", type=POSITIVE, help="Capacity multiplier of G  [default: 32768]"),
     click.option("--cmax", type=POSITIVE, help="Most feature maps in G  [default: 512]"),
     click.option("--map-depth", type=POSITIVE, help="Layers of the mapping network  [default: 2]"),
@@ -69,11 +84,24 @@ NETWORKS = [
                  help="Repeat the official shift of the feature network's BatchNorm statistics"
                  "  [default: 0; 1 in paper presets]"),
 ]  # fmt: skip
+STAGES = [
+    click.option("--superres", is_flag=True, help="Train a super-resolution stage on top of --path_stem"),
+    click.option("--path_stem", metavar="FILE", help="Network under the stage; its weights stay as they are"),
+    click.option("--up_factor", type=click.IntRange(min=2),
+                 help="Resolution of the stage relative to its stem: 2, 4, 8 or 16  [default: 2]"),
+    click.option("--head_layers", type=POSITIVE, help="Layers that the stage adds before ToRGB  [default: 7]"),
+    click.option("--train-stem-input", **BOOL,
+                 help="Train the stem's Fourier features along, as the official code does"
+                 "  [default: 0; 1 in paper presets]"),
+    click.option("--stem", is_flag=True, help="Train a stem, as happens without --superres anyway"),
+]  # fmt: skip
 SCHEDULE = [
     click.option("--glr", type=POSITIVE_REAL, help="Learning rate of G  [default: 0.0025]"),
     click.option("--dlr", type=POSITIVE_REAL, help="Learning rate of D  [default: 0.002]"),
     click.option("--cls_weight", type=click.FloatRange(min=0),
                  help="Classifier guidance as the paper counts it; needs the ImageNet classes  [default: 0]"),
+    click.option("--blur-kimg", type=NOT_NEGATIVE_REAL,
+                 help="Images are blurred before D, ever less, for so many thousand images; 0 = never  [default: 300]"),
     click.option("--kimg", type=POSITIVE_REAL, help="Length of training, thousands of images  [default: 25000]"),
     click.option("--tick", type=POSITIVE_REAL, help="Thousands of images per progress report  [default: 4]"),
     click.option("--snap", type=NOT_NEGATIVE, help="Ticks per snapshot; 0 = only at the end  [default: 50]"),
@@ -82,20 +110,14 @@ SCHEDULE = [
     click.option("--seed", type=NOT_NEGATIVE, help="Random seed  [default: 0]"),
     click.option("--nobench", **BOOL, help="Do not let cuDNN time its kernels  [default: 0]"),
     click.option("--desc", metavar="TEXT", help="Text to add to the run folder's name"),
-    click.option("--stem", is_flag=True, help="Train a stem, as happens without --superres anyway"),
 ]  # fmt: skip
 NOT_IN_THIS_VERSION = [
-    click.option("--freezed", type=NOT_NEGATIVE, help="Freeze layers of D (not in this version)"),
     click.option("--restart_every", type=int, help="Stop after so many seconds (not in this version)"),
-    click.option("--superres", is_flag=True, help="Train a super-resolution stage (not in this version)"),
-    click.option("--path_stem", metavar="FILE", help="Its stem (not in this version)"),
-    click.option("--head_layers", type=POSITIVE, help="Its layers (not in this version)"),
-    click.option("--up_factor", type=click.IntRange(min=2), help="Its factor (not in this version)"),
 ]
 
 
 def train_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add every flag of train.py to a click command."""
-    for option in reversed([*GENERAL, *DATA, *NETWORKS, *SCHEDULE, *NOT_IN_THIS_VERSION]):
+    for option in reversed([*GENERAL, *DATA, *NETWORKS, *STAGES, *SCHEDULE, *NOT_IN_THIS_VERSION]):
         command = option(command)
     return command

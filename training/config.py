@@ -178,7 +178,7 @@ class TrainConfig:
     loss_terms: LossConfig = field(default_factory=LossConfig)  # blur, path length, guidance
     generator_optimizer: OptimizerConfig  # Adam of G
     discriminator_optimizer: OptimizerConfig  # Adam of D
-    embedding_source: str = "random"  # class embedding rows: "random", "data" (class means), or a file
+    embedding_source: str = "random"  # class embedding rows: "random", "data" (class means), a file, or those of the "stem" or "checkpoint"
     batch_size: int  # images per optimizer step, all processes together
     microbatch_size: int  # images per forward pass of one process
     total_kimg: float = 25000.0  # length of the run, thousands of real images
@@ -192,11 +192,18 @@ class TrainConfig:
     )
     seed: int = 0  # of weights, latents and augmentation
     resume: str | None = None  # network file to start from
+    classes_from: str = "auto"  # with resume, what each class starts from: "same", "names", "nearest", "mean", a list, or a file
+    frozen_head_blocks: int = 0  # first blocks of every head of D that stay as they are; 0 = none
     path_stem: str | None = None  # network file under the last super-resolution stage; None = trains a stem
     trains_stem_input: bool = (
         False  # a stage also trains the stem's Fourier features; official, in paper presets
     )
     benchmark: bool = True  # let cuDNN pick kernels by timing them
+
+    @property
+    def trains_head_only(self) -> bool:
+        """True in a super-resolution stage on a stem of its own: G is trained in the last stage's layers only."""
+        return self.path_stem is not None
 
     def validate(self, world_size: int = 1) -> None:
         """Raise ConfigError for values that contradict each other."""
@@ -209,6 +216,19 @@ class TrainConfig:
             raise ConfigError(
                 f"--batch {self.batch_size} is not a multiple of --batch-gpu x processes = "
                 f"{self.microbatch_size} x {world_size} = {images_per_pass}"
+            )
+        if self.frozen_head_blocks and self.resume is None:
+            raise ConfigError(
+                f"--freezed {self.frozen_head_blocks} without --resume would freeze random weights; add --resume FILE"
+            )
+        if self.trains_head_only and not self.generator.superres:
+            raise ConfigError(
+                f"--path_stem {self.path_stem} belongs to a super-resolution stage; add --superres, or leave it out"
+            )
+        if self.trains_head_only and self.loss_terms.pl_weight:
+            raise ConfigError(
+                f"pl_weight={self.loss_terms.pl_weight} needs a mapping network that is trained, and a "
+                "super-resolution stage freezes it; set it to 0"
             )
 
 

@@ -34,6 +34,11 @@ class ProjectedGANLoss:
             raise ConfigError(f"objective {config.objective!r} is not one of {', '.join(san.OBJECTIVES)}")
         self.terms = config.loss_terms
         self.objective = san.OBJECTIVES[config.objective]
+        if config.loss == "san" and self.objective.potential is None:
+            raise ConfigError(
+                f"objective {config.objective!r} has no SAN form, as its generator loss is not monotone; "
+                "use soft_least_squares, or --loss gan"
+            )
         self.real_term, self.fake_term = ADVERSARIAL_TERMS[config.loss]
         self.guidance = guidance
         policy = config.discriminator.augment_policy
@@ -119,6 +124,13 @@ class GuidanceClassifier(nn.Module):
         import timm
 
         return cls(create_pretrained(cls.NAME, timm.create_model))
+
+    @classmethod
+    def random(cls) -> GuidanceClassifier:
+        """The same network without its weights: to count what it needs."""
+        import timm
+
+        return cls(timm.create_model(cls.NAME, pretrained=False))
 
     def forward(self, images: Tensor) -> Tensor:
         normalized = ((images + 1) / 2 - self.mean) / self.std

@@ -34,10 +34,19 @@ def create_run_dir(outdir: str, description: str) -> Path:
     return run_dir
 
 
+def open_run_dir(run_dir: Path) -> Path:
+    """Make a run folder of a given name unless it exists. Raises UserError when it cannot be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--outdir: cannot create {run_dir} ({error.strerror}); choose another") from error
+    return run_dir
+
+
 class RunLog:
     """Text, statistics and progress of one run, in its folder."""
 
-    def __init__(self, run_dir: Path, total_kimg: float) -> None:
+    def __init__(self, run_dir: Path, total_kimg: float, start_nimg: int = 0) -> None:
         self.run_dir = run_dir
         self.start_time = time.time()
         self._is_main = is_main()
@@ -45,7 +54,8 @@ class RunLog:
             self._text = open(run_dir / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 -- closed by close()
             self._stats = open(run_dir / "stats.jsonl", "a", encoding="utf-8")  # noqa: SIM115
             self._events = _open_tensorboard(run_dir)
-            self._bar = tqdm(total=round(total_kimg * 1000), unit="img", unit_scale=True, smoothing=0.05)
+            total = round(total_kimg * 1000)
+            self._bar = tqdm(total=total, initial=start_nimg, unit="img", unit_scale=True, smoothing=0.05)
 
     def print(self, message: str) -> None:
         """Write a line to the terminal (above the progress bar) and to log.txt."""

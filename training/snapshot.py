@@ -93,6 +93,14 @@ class Snapshots:
         real = self.dataset.reference_set()
         return ImageSet(len(real), real.fingerprint(), real.image_batches)
 
+    @functools.cached_property
+    def _data_info(self) -> dict[str, object]:
+        """Which data the networks saw: what samplers need to know a class by its name, and people to trust it."""
+        info: dict[str, object] = {"data_name": self.dataset.name, "content_hash": self.dataset.content_hash}
+        if self.dataset.class_names is not None:
+            info["class_names"] = list(self.dataset.class_names)
+        return info
+
     def save(
         self,
         G: Generator,
@@ -100,6 +108,7 @@ class Snapshots:
         G_ema: Generator,
         cur_nimg: int,
         values: dict[str, float],
+        pl_mean: float = 0.0,
     ) -> None:
         """Write network-snapshot.safetensors, and best_model.safetensors if the first metric improved."""
         value = next(iter(values.values()), None)
@@ -107,7 +116,9 @@ class Snapshots:
         if value is None or self.best_value is None or value < self.best_value:
             self.best_value = value
             names.append("best_model.safetensors")
-        info = {"cur_nimg": cur_nimg, "metrics": values}
+        info = {"cur_nimg": cur_nimg, "metrics": values, **self._data_info}
+        if self.config.loss_terms.pl_weight:
+            info["pl_mean"] = pl_mean
         for name in names:
             path = self.run_dir / name
             save_network(path, G_ema, G=G, D_state=D.trained_state_dict(), config=self.config, info=info)

@@ -17,10 +17,12 @@ from torch_utils.ema import ema_beta, update_ema_
 from torch_utils.seeding import seed_everything
 from torch_utils.stats import StatsCollector
 from training.config import OptimizerConfig, TrainConfig, to_json
-from training.dataset import ImageDataset, InfiniteSampler, make_loader
+from training.continuation import Progress, continue_from_snapshot_, read_progress
+from training.data_loader import InfiniteSampler, make_loader
+from training.dataset import ImageDataset
 from training.initialization import build_networks
 from training.loss import GuidanceClassifier, ProjectedGANLoss
-from training.run_log import RunLog, create_run_dir
+from training.run_log import RunLog, create_run_dir, open_run_dir
 from training.snapshot import SampleGrid, Snapshots
 from training.train_step import Batch, StepContext, discriminator_step, generator_step, path_length_step
 
@@ -39,35 +41,56 @@ class Trainer:
     """One training run. `fit` trains and returns the run folder."""
 
     def __init__(
-        self, config: TrainConfig, dataset: ImageDataset, device: torch.device, outdir: str, description: str
+        self,
+        config: TrainConfig,
+        dataset: ImageDataset,
+        device: torch.device,
+        outdir: str,
+        description: str,
+        run_dir: Path | None = None,
     ) -> None:
-        """Raises UserError for what cannot be built; the run folder is made only after that."""
+        """Raises UserError for what cannot be built; the run folder is made only after that.
+
+        run_dir: instead of making the next numbered folder in `outdir`, train here; a snapshot in it is gone on from.
+        """
         seed_everything(config.seed)
         configure_backends(config, device)
         networks, origin = build_networks(config, dataset, device)
+        progress = Progress() if run_dir is None else read_progress(run_dir)
+        if progress.cur_nimg:
+            origin = continue_from_snapshot_(networks, run_dir)
+            seed_everything(config.seed + progress.cur_nimg)  # not the numbers of the run's beginning again
         guidance = GuidanceClassifier.pretrained().to(device) if config.loss_terms.cls_weight else None
         self.G, self.D, self.G_ema = networks.G, networks.D, networks.G_ema
         self.config, self.dataset, self.device = config, dataset, device
-        self.run_dir = create_run_dir(outdir, description)
-        self.log = RunLog(self.run_dir, config.total_kimg)
-        self.log.print(f"Training on {dataset.name} on {device}. {origin}")
+        self.run_dir = create_run_dir(outdir, description) if run_dir is None else open_run_dir(run_dir)
+        self.log = RunLog(self.run_dir, config.total_kimg, progress.cur_nimg)
+        content = dataset.content_hash or "not hashed, as it is a large folder"
+        self.log.print(f"Training on {dataset.name} (content {content}) on {device}. {origin}")
         (self.run_dir / "training_options.json").write_text(to_json(config) + "\n", encoding="utf-8")
-        self.G_optimizer = make_optimizer(self.G.parameters(), config.generator_optimizer)
+        trained = [p for p in self.G.parameters() if p.requires_grad]  # all but a stage's stem
+        self.G_optimizer = make_optimizer(trained, config.generator_optimizer)
         self.D_optimizer = make_optimizer(self.D.trainable_parameters(), config.discriminator_optimizer)
 
         self.stats = StatsCollector()
         self.context = StepContext(
             config, ProjectedGANLoss(config, guidance), self.stats, warn=self.log.print
         )
-        self.sampler = InfiniteSampler(len(dataset), seed=config.seed, rank=rank(), num_replicas=world_size())
+        self.sampler = InfiniteSampler(
+            len(dataset), config.seed, rank(), world_size(), position=progress.cur_nimg
+        )
         self.local_batch_size = config.batch_size // world_size()
         self.loader = make_loader(
             dataset, self.sampler, self.local_batch_size, config.data.num_workers, device
         )
         self.labels = torch.as_tensor(dataset.labels) if dataset.c_dim else None
         self.grid = SampleGrid(dataset, self.G.z_dim, device)
-        self.snapshots = Snapshots(config, self.run_dir, dataset, self.log, device)
-        self.state = TrainState(pl_mean=torch.zeros((), device=device))
+        self.snapshots = Snapshots(config, self.run_dir, dataset, self.log, device, progress.best_value)
+        self.state = TrainState(
+            cur_nimg=progress.cur_nimg,
+            cur_iteration=progress.cur_nimg // config.batch_size,
+            pl_mean=torch.tensor(progress.pl_mean, device=device),
+        )
 
     def fit(self) -> Path:
         """Train for config.total_kimg thousand images."""
@@ -80,12 +103,13 @@ class Trainer:
         return self.run_dir
 
     def start(self) -> None:
-        """Pictures and metrics before the first step."""
-        self.grid.save_reals(self.run_dir / "reals.png")
-        self.grid.save_fakes(self.run_dir / "fakes_init.png", self.G_ema)
-        if self.config.evaluate_at_start:
-            self.snapshots.evaluate(self.G_ema, cur_nimg=0, snapshot="initialisation")
-        self.tick_start_time, self.tick_start_nimg = time.time(), 0
+        """Pictures and metrics before the first step; a run that goes on has them already."""
+        if self.state.cur_nimg == 0:
+            self.grid.save_reals(self.run_dir / "reals.png")
+            self.grid.save_fakes(self.run_dir / "fakes_init.png", self.G_ema)
+            if self.config.evaluate_at_start:
+                self.snapshots.evaluate(self.G_ema, cur_nimg=0, snapshot="initialisation")
+        self.tick_start_time, self.tick_start_nimg = time.time(), self.state.cur_nimg
 
     def iterate(self) -> None:
         """One training iteration: G, path length every few iterations, D, moving average."""
@@ -122,7 +146,9 @@ class Trainer:
             name = f"fakes{state.cur_nimg // 1000:06d}.png"
             self.grid.save_fakes(self.run_dir / name, self.G_ema)
             values = self.snapshots.evaluate(self.G_ema, state.cur_nimg, "network-snapshot.safetensors")
-            self.snapshots.save(self.G, self.D, self.G_ema, state.cur_nimg, values)
+            self.snapshots.save(
+                self.G, self.D, self.G_ema, state.cur_nimg, values, pl_mean=state.pl_mean.item()
+            )
             self.log.print(
                 f"Wrote {name} and network-snapshot.safetensors at {kimg:g} of {config.total_kimg:g} kimg"
             )

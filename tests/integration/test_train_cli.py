@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from click.testing import CliRunner
@@ -21,7 +21,16 @@ STYLEGAN_XL_FLAGS = shlex.split(
     --dlr --map-depth --desc --metrics --kimg --tick --snap --seed --fp32 --nobench --workers -n --dry-run
     --restart_every --stem --syn_layers --superres --path_stem --head_layers --cls_weight --up_factor"""
 )
-OWN_FLAGS = ["--loss", "--preset", "--device", "--embedding", "--official-bn", "--backbones"]
+OWN_FLAGS = [
+    "--loss",
+    "--preset",
+    "--device",
+    "--embedding",
+    "--official-bn",
+    "--backbones",
+    "--train-stem-input",
+]
+OWN_FLAGS += ["--classes-from", "--blur-kimg"]
 QUICKSTART = ("--preset", "quickstart", "--embedding", "random", "--device", "cpu")
 
 
@@ -104,6 +113,7 @@ def test_dry_run_needs_no_training_code(monkeypatch):
         (["--cmax", "10"], "generator.synthesis.channel_max", 20),
         (["--syn_layers", "6"], "generator.synthesis.num_layers", 6),
         (["--map-depth", "3"], "generator.mapping.num_layers", 3),
+        (["--blur-kimg", "0"], "loss_terms.blur_fade_kimg", 0.0),
         (["--fp32", "1"], "generator.synthesis.num_fp16_res", 0),
         (["--fp32", "1"], "generator.synthesis.conv_clamp", None),
         (["--official-bn", "1"], "discriminator.official_batchnorm_statistics", True),
@@ -155,7 +165,7 @@ def test_resume_turns_off_the_rampup(tmp_path):
     assert config.ema_rampup is not None
     path = tmp_path / "net.safetensors"
     save_network(path, Generator(config.generator))
-    resumed = dry_run(*QUICKSTART, "--resume", path)
+    resumed = dry_run("--preset", "quickstart", "--device", "cpu", "--resume", path)
     assert resumed.ema_rampup is None and resumed.resume == str(path)
 
 
@@ -226,11 +236,12 @@ def test_preset_on_other_data(tiny_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--superres"], "--superres is not in this version"),
-        (["--path_stem", "a.pkl"], "--path_stem is not in this version"),
-        (["--head_layers", "7"], "--head_layers is not in this version"),
-        (["--up_factor", "2"], "--up_factor is not in this version"),
-        (["--freezed", "2"], "--freezed had no effect in StyleGAN-XL"),
+        (["--superres"], "--path_stem missing"),
+        (["--path_stem", "a.pkl"], "--path_stem a.pkl belongs to a super-resolution stage"),
+        (["--head_layers", "7"], "--head_layers 7 belongs to a super-resolution stage"),
+        (["--up_factor", "2"], "--up_factor 2 belongs to a super-resolution stage"),
+        (["--freezed", "2"], "--freezed 2 without --resume would freeze random weights; add --resume FILE"),
+        (["--classes-from", "mean"], "--classes-from mean belongs to --resume; add --resume FILE"),
         (["--restart_every", "100"], "--restart_every is not in this version"),
         (["--gpus", "2"], "--gpus 2: training on several GPUs is not in this version"),
         (["--cfg", "stylegan3-t"], "--cfg stylegan3-t and --preset quickstart both choose the layers"),
@@ -298,9 +309,15 @@ def test_outdir_that_cannot_be_made_is_refused(tmp_path, tiny_folder):
     assert "cannot create a run folder" in message
 
 
-def test_network_of_another_shape_is_refused(tmp_path, tiny_folder):
-    common = (*QUICKSTART, "--data", tiny_folder)
+def test_a_preset_takes_its_networks_from_the_file(tmp_path, tiny_folder):
+    preset = ("--preset", "quickstart", "--data", tiny_folder)
     path = tmp_path / "net.safetensors"
-    save_network(path, Generator(dry_run(*common, "--cmax", 4).generator))
-    message = refusal(tmp_path, *common, "--resume", path)
-    assert "channel_max=8, this run asks for 32" in message
+    before = dry_run(*preset, "--cmax", 4)
+    save_network(path, Generator(before.generator))
+    after = dry_run(*preset, "--resume", path)
+    assert after.generator == before.generator and after.generator.synthesis.channel_max == 8
+    assert replace(after, generator=before.generator, resume=None, ema_rampup=before.ema_rampup) == replace(
+        before, embedding_source="checkpoint"
+    )
+    message = refusal(tmp_path, *preset, "--resume", path, "--cmax", 5)
+    assert "--cmax 5 contradicts" in message and "built with --cmax 4" in message

@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 COMMAND = shlex.split("""--loss san --preset quickstart --device cpu --kimg 0.064 --tick 0.032 --snap 1 --batch 16
     --embedding random""")
 METRIC_VALUES = (5.0, 7.0)  # of the two snapshots: the first is the better
+DIGITS_HASH = "18c13031fd3cd65a"  # content hash of the built-in set
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -132,7 +133,7 @@ def test_log(command):
     text = (command[0] / "log.txt").read_text()
     assert re.findall(r"^tick (\d+) ", text, flags=re.MULTILINE) == ["0", "1", "2"]
     assert (
-        "Training on digits on cpu. Networks start from random weights." in text
+        f"Training on digits (content {DIGITS_HASH}) on cpu. Networks start from random weights." in text
         and "fd_lite0 5 at 0.048 kimg" in text
     )
     assert "Warning" not in text
@@ -155,8 +156,9 @@ def test_the_best_network_is_kept(command):
     latest, best = (
         read_network(command[0] / name) for name in ("network-snapshot.safetensors", "best_model.safetensors")
     )
-    assert latest.info == {"cur_nimg": 64, "metrics": {"fd_lite0": 7.0}}
-    assert best.info == {"cur_nimg": 48, "metrics": {"fd_lite0": 5.0}}
+    data = {"data_name": "digits", "content_hash": DIGITS_HASH, "class_names": list("0123456789")}
+    assert latest.info == {"cur_nimg": 64, "metrics": {"fd_lite0": 7.0}, **data}
+    assert best.info == {"cur_nimg": 48, "metrics": {"fd_lite0": 5.0}, **data}
     assert not torch.equal(latest.G["synthesis.input.weight"], best.G["synthesis.input.weight"])
     assert latest.train_config == from_json(TrainConfig, (command[0] / "training_options.json").read_text())
     assert latest.D and not any(".backbone." in name for name in latest.D)
@@ -291,7 +293,9 @@ def test_resume_starts_from_the_file(tiny_run, tmp_path):
     path = tiny_run / "network-snapshot.safetensors"
     resumed = run(tiny_config(resume=str(path), ema_rampup=None, total_kimg=0.008, seed=5), tmp_path / "run")
     assert (resumed / "fakes_init.png").read_bytes() == (tiny_run / "fakes000000.png").read_bytes()
-    assert "generator and discriminator loaded" in (resumed / "log.txt").read_text()
+    log = (resumed / "log.txt").read_text()
+    assert f"Starting from {path}: 16x16, 10 classes, SAN discriminator." in log
+    assert " loaded " in log and "converted" not in log and "re-initialised" not in log
     before, after = tensors_of(tiny_run), tensors_of(resumed)
     for name in ("D.projectors.tf_efficientnet_lite0.ccm.0.weight", "G_ema.synthesis.input.freqs"):
         assert torch.equal(before[name], after[name])  # random in a fresh run

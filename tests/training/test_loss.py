@@ -135,6 +135,12 @@ def test_the_papers_guidance_weight_means_one_per_sample(num_samples):
     assert stats.flush()["Loss/G/guidance_loss"]["mean"] == pytest.approx(math.log(48))
 
 
+def test_objective_without_a_san_form_is_refused_for_san_only():
+    with pytest.raises(ConfigError, match="'least_squares' has no SAN form"):
+        ProjectedGANLoss(replace(make_config("san"), objective="least_squares"))
+    ProjectedGANLoss(replace(make_config("gan"), objective="least_squares"))
+
+
 def test_unknown_objective_is_refused():
     config = replace(make_config("san"), objective="hingee")
     with pytest.raises(ConfigError, match="'hingee' is not one of hinge, wasserstein"):

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Presets: the published numbers, the switches that only paper presets set, and docstrings that can be typed."""
 
+import itertools
 import re
 
 import pytest
 
+import train
 from metrics import evaluate
 from san import OBJECTIVES
 from training.config import LossConfig
+from training.generator.network_plan import plan_network
 from training.presets import PRESETS, stylegan3_generator, stylegan_xl
 
-PAPER_PRESETS = {"cifar10-16", "ffhq-16"}
+PAPER_PRESETS = {name for name in PRESETS if name.partition("-")[0] in ("cifar10", "ffhq", "imagenet")}
+STAGES = {name for name, preset in PRESETS.items() if preset().generator.superres}
+SIDES = (16, 32, 64, 128, 256, 512, 1024)
 BACKBONES = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0")
 
 
@@ -22,11 +27,16 @@ def test_preset_is_valid(name):
     assert config.metrics
     for metric in config.metrics:
         evaluate.check_metric(metric)
-    synthesis, discriminator = config.generator.synthesis, config.discriminator
-    assert synthesis.img_resolution == discriminator.img_resolution
+    generator, discriminator = config.generator, config.discriminator
+    assert generator.img_resolution == discriminator.img_resolution
+    assert generator.img_resolution == plan_network(generator).img_resolution
+    assert name == "quickstart" or name.endswith(f"-{generator.img_resolution}")
     assert config.generator.mapping.c_dim == discriminator.c_dim
     assert config.data.use_labels == (discriminator.c_dim > 0)
-    assert config.embedding_source == "data"  # cli.adapt_to_data makes it "random" for data without classes
+    # cli.adapt_to_data makes it "random" for data without classes
+    assert config.embedding_source == ("stem" if generator.superres else "data")
+    assert not (generator.superres and config.loss_terms.pl_weight)
+    assert config.ema_halflife_kimg == config.batch_size * 10 / 32 or name not in PAPER_PRESETS
 
 
 @pytest.mark.parametrize("function", [*PRESETS.values(), stylegan_xl], ids=lambda f: f.__name__)
@@ -35,14 +45,28 @@ def test_docstring_holds_a_command(function):
     commands = [line for line in lines if line.startswith("python train.py ")]
     assert len(commands) == 1
     flags = re.findall(r"(--[\w-]+) (\S+)", commands[0])
-    assert ("--loss", "san") in flags
+    has_published_gan = function.__name__.startswith("imagenet_") and function is not PRESETS["imagenet-256"]
+    assert ("--loss", "gan" if has_published_gan else "san") in flags
     if function is not stylegan_xl:
-        assert PRESETS[dict(flags)["--preset"]] is function
+        name = dict(flags)["--preset"]
+        assert PRESETS[name] is function
+        assert ("--path_stem" in dict(flags)) == (name in STAGES)
+        known = {option for parameter in train.main.params for option in parameter.opts}
+        assert {flag for flag, _ in flags} <= known
+
+
+@pytest.mark.parametrize("name", sorted(PAPER_PRESETS))
+def test_docstring_says_how_long_and_how_good(name):
+    text = PRESETS[name].__doc__
+    assert re.search(r"\d+ million images|[Ll]ength (and hardware )?not reported", text)
+    assert re.search(r"batch \d+", text, flags=re.IGNORECASE)
+    assert re.search(r"FID: not reported|FID \d\.\d\d \((official README|SAN paper|paper)", text)
 
 
 def test_only_paper_presets_shift_the_batchnorm_statistics():
     switched_on = {n for n, p in PRESETS.items() if p().discriminator.official_batchnorm_statistics}
     assert switched_on == PAPER_PRESETS
+    assert {n for n, p in PRESETS.items() if p().trains_stem_input} == PAPER_PRESETS & STAGES
     assert not stylegan_xl().discriminator.official_batchnorm_statistics
 
 
@@ -82,6 +106,31 @@ def test_ffhq_stem_differs_from_cifar_in_classes_only():
     assert config.discriminator.c_dim == config.generator.mapping.c_dim == 0
     assert config.generator.synthesis == PRESETS["cifar10-16"]().generator.synthesis
     assert (config.batch_size, config.total_kimg, config.ema_halflife_kimg) == (2048, 300000, 640.0)
+
+
+def test_imagenet_has_39_layers_at_1024():
+    """11 in the stem, then 7 more and 2 less per stage, and 5 at 1024 (StyleGAN-XL), ToRGB not counted."""
+    layers = [len(plan_network(PRESETS[f"imagenet-{side}"]().generator).layers) - 1 for side in SIDES]
+    assert layers == [11, 16, 21, 26, 31, 36, 39]
+
+
+@pytest.mark.parametrize("name", ["ffhq", "imagenet"])
+def test_each_stage_stands_on_the_one_below(name):
+    for below, above in itertools.pairwise(PRESETS[f"{name}-{side}"]().generator for side in SIDES):
+        assert above.superres[:-1] == below.superres and above.synthesis == below.synthesis
+        assert above.mapping == below.mapping and above.img_resolution == 2 * below.img_resolution
+
+
+def test_ffhq_has_narrow_kernels_below_64_and_wide_ones_above():
+    kernels = [stage.conv_kernel for stage in PRESETS["ffhq-1024"]().generator.superres]
+    assert kernels == [1, 3, 3, 3, 3, 3]
+    assert [stage.head_layers for stage in PRESETS["ffhq-1024"]().generator.superres] == [7, 4, 4, 4, 4, 4]
+
+
+def test_guidance_only_for_imagenet_stages_above_32():
+    guided = {name for name, preset in PRESETS.items() if preset().loss_terms.cls_weight}
+    assert guided == {f"imagenet-{side}" for side in SIDES[2:]}
+    assert PRESETS["imagenet-256"]().loss_terms.cls_weight == 8
 
 
 def test_defaults_of_stylegan3_t_at_256():

@@ -18,6 +18,7 @@ from training.config import ConfigError, DiscriminatorConfig
 from training.discriminator.feature_network import CNNFeatures
 from training.discriminator.heads import ClassProjection
 from training.discriminator.projected import ProjectedDiscriminator
+from training.official_discriminator import our_name
 
 DATA = Path(__file__).parents[1] / "data"
 DEIT, LITE0 = "deit_tiny_distilled_patch16_224", "tf_efficientnet_lite0"
@@ -70,31 +71,6 @@ def filled(salt: str, names: list) -> dict[str, torch.Tensor]:
             u /= np.linalg.norm(u)
         values[stem + "weight_u"], values[stem + "weight_v"] = u.astype(np.float32), v.astype(np.float32)
     return {name: torch.from_numpy(value) for name, value in values.items()}
-
-
-def our_name(name: str) -> str:
-    """Official feature_networks.<backbone>.{pretrained,scratch}..., discriminators.<backbone>.mini_discs.<k>..."""
-    root, backbone, part, *rest = name.split(".")
-    if root == "discriminators":
-        level, head, *rest = rest
-        if head in ("main", "last_layer"):
-            tail = ".".join(["trunk", rest[0], *rest[2:]]) if "main" in rest else f"last.{rest[-1]}"
-        else:
-            tail = f"last.{'conv' if head == 'cls' else head}.{rest[-1]}"
-        return f"heads.{backbone}.{level}.{tail}"
-    if part == "scratch":  # layer2_ccm, layer2_csm.out_conv
-        level, kind = rest[0].removeprefix("layer").split("_")
-        return f"projectors.{backbone}.{kind}.{level}.{rest[-1]}"
-    prefix = f"feature_networks.{backbone}"
-    if rest[0] == "model":
-        return f"{prefix}.backbone." + ".".join(rest[1:])
-    layer, index = int(rest[0].removeprefix("layer")), int(rest[1])
-    if backbone == DEIT:
-        return f"{prefix}.reassemble.{layer - 1}.{index - 3}.{rest[-1]}"
-    if layer == 0 and index < 2:
-        return f"{prefix}.backbone.{('conv_stem', 'bn1')[index]}.{rest[-1]}"
-    stage = {0: -3, 1: 2, 2: 3, 3: 5}[layer] + index
-    return f"{prefix}.backbone.blocks.{stage}." + ".".join(rest[2:])
 
 
 def official_discriminator(kind: str, tag: str, names: list, is_folded: bool) -> ProjectedDiscriminator:
