@@ -2,85 +2,72 @@
 """SAN's three conditions, measured on the discriminator of a running training, head by head.
 
 `SANDiagnostics` listens to the SAN layers while the discriminator sees real and generated samples, and turns what
-they got into a dictionary of numbers. The formulas are those of `san.conditions`.
+they got into a dictionary of numbers. The formulas are those of `san.conditions` (SAN, arXiv:2301.12811).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from san.conditions import compare_slices, direction_angle, direction_cosine, expansion_ratios
+from san.evidence import MEASURES, Evidence, list_collisions, measure_layer, weigh_classes, weigh_product
 from san.layers import SANEmbedding, SANLayer, split_norms
 from san.logits import SANLogits
 from san.losses import AnyObjective
 from san.objectives import OBJECTIVES, PairedObjective, bind_potential
 from san.trace import list_outputs
 
-MAX_COMPARED = 32  # samples of a pass that are compared pair by pair, for collisions
-
 Side = Literal["real", "fake"]
 
 
 @dataclass
 class _Pass:
-    """What one recording heard: calls of the SAN layers, inputs and outputs of D."""
+    """What one recording heard."""
 
     calls: list[tuple[str, Tensor, SANLogits]] = field(default_factory=list)  # layer, its input, its output
-    inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[SANLogits] = field(default_factory=list)
-
-
-@dataclass
-class _Evidence:
-    """One side's share of a layer's measures; more calls add up."""
-
-    features: Tensor  # (2, directions, ...): r_J-weighted features, summed over even and over odd samples
-    counts: Tensor  # (2, directions): how many logits these are
-    slices: list[Tensor] = field(default_factory=list)  # per call: projections on each direction
-    labels: list[Tensor] = field(
-        default_factory=list
-    )  # per call of an embedding: which direction each is for
-    collision: list[float] = field(default_factory=list)  # per call: smallest over median expansion ratio
+    inputs: list[Tensor] = field(default_factory=list)  # of D, per call
+    outputs: list[SANLogits] = field(default_factory=list)  # of D, of all calls
 
 
 class SANDiagnostics:
-    """Measures direction optimality, separability and injectivity of every SAN layer in a discriminator.
+    """Measures direction optimality, separability and injectivity at every SAN layer of a discriminator.
 
     Record a pass of real and one of generated samples, in the discriminator's own training step, and measure after
-    the optimizer's step and the normalisation. Nothing is attached to D outside of a recording, and no gradient,
-    buffer or random number is touched, so that training goes on as it would without.
+    the optimizer's step and the normalisation. Nothing is attached to D outside of a recording, and gradients,
+    buffers and random numbers are left alone: training goes on as it would without.
 
-    `measure()` returns, as `<measure>/<layer>` for each layer and as `<measure>` for the mean over layers:
+    `measure()` returns `<measure>/<layer>` for each layer, and `<measure>` for the mean over layers:
 
-    * cosine: between each direction and the optimal one, the normalised difference of r_J-weighted feature means.
-      mean_difference: length of that difference. agreement: cosine between the optimal directions by even and by
-      odd samples alone; where it is near 0 the optimal direction is noise, and the cosine says little.
+    * cosine: between each direction and the optimal one, the normalised difference of r_J-weighted feature means;
+      mean_difference: length of that difference, with any factor that D puts on the layer's logits; agreement:
+      cosine between the optimal directions by one and by the other half of the samples alone. Where that is near
+      0, the optimal direction is noise and the cosine says nothing.
     * in_order, separability_gap: fraction of quantiles in order, and (W1 - mean difference) / W1 of the slices,
-      0 if separable. slice_distance: W1 itself.
-    * collision: smallest over median ratio of feature distance to input distance among pairs of real inputs, where
-      0 is a collision. It can refute injectivity, and never show it. Left out if there are no two inputs.
-    * drift_deg: angle between the directions at the recording and now. scale: the layer's scale, signed.
+      which is 0 when they are separable; slice_distance: W1.
+    * collision: smallest over median ratio of feature distance to input distance, among pairs of real inputs. 0 is
+      a collision. It can refute that the features are injective, and never show it.
+    * drift_deg: angle between the directions at the recording and now, degrees; scale: of the layer.
 
-    Values are means over the directions of a layer. Patches of a convolution count as samples. An embedding's are
-    means over the classes that both passes showed; its features are summed over the positions of a map.
+    These are means over the directions of a layer. Patches of a convolution count as samples. Embeddings: means
+    over the classes that both sides showed, with features summed over the positions of a map. Weights are the plain
+    r_J: `normalize_weights` of the losses is not followed. slices are those of all samples, unweighted.
 
-    Raises ValueError when D has no SAN layer. `normalize_weights` of the losses is not followed: weights are plain.
+    Raises ValueError when D has no SAN layer.
 
-    >>> D = nn.Sequential(nn.Linear(2, 8), nn.LeakyReLU(0.2), SANLayerExample(8, 1))
+    >>> from san import SANLinear
+    >>> D = nn.Sequential(nn.Linear(2, 8), nn.LeakyReLU(0.2), SANLinear(8, 1))
     >>> diagnostics = SANDiagnostics(D, OBJECTIVES["nonsaturating"])
     >>> with diagnostics.record("real"):
     ...     real = D(torch.randn(64, 2) + 1)
     >>> with diagnostics.record("fake"):
     ...     fake = D(torch.randn(64, 2))
-    >>> sorted(name for name in diagnostics.measure() if "/" not in name)  # doctest: +NORMALIZE_WHITESPACE
-    ['agreement', 'collision', 'cosine', 'drift_deg', 'in_order', 'mean_difference', 'scale',
-     'separability_gap', 'slice_distance']
+    >>> list(diagnostics.measure())[:4]
+    ['cosine', 'mean_difference', 'agreement', 'in_order']
     """
 
     def __init__(self, D: nn.Module, objective: AnyObjective = OBJECTIVES["hinge"]) -> None:
@@ -90,103 +77,130 @@ class SANDiagnostics:
             raise ValueError("SANDiagnostics found no SAN layer in D: call san.sanify(D) first")
         self.forget()
 
+    @property
+    def names(self) -> list[str]:
+        """All that `measure()` can return; what there is no evidence for, e.g. no class on both sides, is left out."""
+        return [*MEASURES, *(f"{measure}/{layer}" for layer in self.layers for measure in MEASURES)]
+
     def forget(self) -> None:
         """Drop what has been recorded."""
-        self._evidence: dict[Side, dict[str, _Evidence]] = {"real": {}, "fake": {}}
-        self._pending: list[_Pass] = []
-        self._real_outputs: list[SANLogits] = []
-        self._directions: dict[str, Tensor] = {}
+        self._evidence: dict[str, dict[str, Evidence]] = {"real": {}, "fake": {}}
+        self._directions: dict[str, Tensor] = {}  # at the first recording
+        self._real_outputs: list[SANLogits] | None = None
+        self._waiting: list[_Pass] = []  # fakes of a paired objective, which need the reals' logits
 
     @contextlib.contextmanager
     def record(self, side: Side) -> Iterator[None]:
-        """Listen to the calls of D inside, all on real or all on generated samples. May be repeated: calls add up.
+        """Listen while D runs inside, on real or on generated samples only. May be repeated: micro-batches add up.
 
-        D runs as in its training step: with gradients, its directions trainable, and before the backward pass.
-        For a paired objective that pass comes after both recordings.
+        D runs as in its training step, with gradients and trainable directions, and its backward pass comes later;
+        for a paired objective after both recordings.
 
-        Raises ValueError when D was not called, called without gradients, or when a side is unknown.
+        Raises ValueError when D itself did not run, or ran without gradients; or for another side.
         """
         if side not in ("real", "fake"):
             raise ValueError(f"record({side!r}): a side is 'real' or 'fake'")
         heard = _Pass()
-        handles = [m.register_forward_hook(_note_call(name, heard)) for name, m in self.layers.items()]
-        handles.append(self.D.register_forward_hook(_note_pass(heard), with_kwargs=True))
+        hooks = [(layer, _note_call(name, heard)) for name, layer in self.layers.items()]
+        hooks.append((self.D, _note_run(heard)))
+        handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        self._digest(side, heard)
+        self._require_graph(side, heard)
+        if side == "real":
+            self._real_outputs = heard.outputs
+            self._digest("real", heard)
+        self._waiting += [heard] if side == "fake" else []
+        if self._real_outputs is not None or not isinstance(self.objective, PairedObjective):
+            for fake in self._waiting:
+                self._digest("fake", fake)
+            self._waiting = []
 
     def measure(self) -> dict[str, float]:
-        """Measures of everything recorded since the last call, which is then forgotten.
+        """Measures of everything recorded since the last call, which is forgotten now.
 
-        Raises ValueError when a side is missing.
+        Raises ValueError when a side has not been recorded.
         """
-        missing = [side for side, layers in self._evidence.items() if not layers]
-        if missing or self._pending:
-            raise ValueError(f"measure() needs a recording of the {(missing or ['real'])[0]} samples as well")
-        per_layer = {}
-        for name in self.layers:
-            if name in self._evidence["real"] and name in self._evidence["fake"]:
-                per_layer[name] = self._measure_layer(name)
+        real, fake = self._evidence["real"], self._evidence["fake"]
+        if not (real and fake):
+            raise ValueError(f"measure() needs a recording of {'fake' if real else 'real'} samples as well")
+        both = [name for name in self.layers if name in real and name in fake]
+        with torch.no_grad():
+            per_layer = {
+                name: measure_layer(self.layers[name], self._directions[name], real[name], fake[name])
+                for name in both
+            }
         self.forget()
-        values: dict[str, list[float]] = {}
-        for measures in per_layer.values():
-            for measure, value in measures.items():
-                values.setdefault(measure, []).append(value)
-        result = {measure: sum(v) / len(v) for measure, v in values.items()}
+        result = {}
+        for measure in MEASURES:
+            values = [measures[measure] for measures in per_layer.values() if measure in measures]
+            if values:
+                result[measure] = sum(values) / len(values)
         for name, measures in per_layer.items():
             result.update({f"{measure}/{name}": value for measure, value in measures.items()})
         return result
 
-    def _digest(self, side: Side, heard: _Pass) -> None:
-        """Reduce what was heard to evidence; fakes of a paired objective wait for the reals' logits."""
-        if not heard.outputs or not heard.calls:
+    def _require_graph(self, side: str, heard: _Pass) -> None:
+        if not (heard.calls and heard.outputs):
             raise ValueError(
-                f"record({side!r}) heard nothing: call D itself inside, not compiled and not a copy; it must "
+                f"record({side!r}) heard nothing: run D itself inside, neither a copy nor compiled, and let it "
                 "return its SANLogits"
             )
         if not any(out.dir.requires_grad for out in heard.outputs):
             raise ValueError(
-                f"record({side!r}) needs gradients: run D as in the discriminator's step, with grad enabled and "
-                "with trainable directions"
+                f"record({side!r}) heard a run without gradients: run D as in the discriminator's step, with grad "
+                "enabled and its directions trainable"
             )
-        is_paired = isinstance(self.objective, PairedObjective)
-        if side == "real":
-            self._real_outputs = heard.outputs
-        if is_paired and side == "fake" and not self._real_outputs:
-            self._pending.append(heard)
-            return
-        self._weigh(side, heard)
-        if side == "real":
-            for waiting in self._pending:
-                self._weigh("fake", waiting)
-            self._pending = []
 
-    def _weigh(self, side: Side, heard: _Pass) -> None:
-        """Add the calls' features, weighted by the slope of the objective's potential at D's outputs."""
+    def _digest(self, side: Side, heard: _Pass) -> None:
+        """Add the evidence of every call, its features weighted by the potential's slope at D's outputs."""
         views = [view.dir for _, _, view in heard.calls]
-        with torch.enable_grad(), torch.autocast(views[0].device.type, enabled=False):
-            potential = sum(self._potential(i, out) for i, out in enumerate(heard.outputs))
-            weights = torch.autograd.grad(potential, views, retain_graph=True, allow_unused=True)
-            is_pooled = any(isinstance(self.layers[name], SANEmbedding) for name, _, _ in heard.calls)
-            total = sum(out.dir.sum() for out in heard.outputs) if is_pooled else None
-            plain = (
-                torch.autograd.grad(total, views, retain_graph=True, allow_unused=True)
-                if is_pooled
-                else weights
-            )
-        with torch.no_grad(), torch.autocast(views[0].device.type, enabled=False):
-            for (name, x, _), weight, pooled in zip(heard.calls, weights, plain, strict=True):
-                if weight is None:
-                    raise ValueError(f"the logits of {name!r} do not reach D's output")
-                layer = self.layers[name]
-                self._directions.setdefault(name, split_norms(layer.weight.detach())[0].clone())
+        with torch.enable_grad():
+            slopes = _grad(sum(self._potential(i, out) for i, out in enumerate(heard.outputs)), views)
+            units = _grad(sum(out.dir.sum() for out in heard.outputs), views)
+        for (name, x, view), slope, unit in zip(heard.calls, slopes, units, strict=True):
+            if slope is None:
+                continue  # frozen, or its logits are not in the output
+            layer, device = self.layers[name], view.device.type
+            self._directions.setdefault(name, split_norms(layer.weight.detach().float())[0])
+            with torch.no_grad(), torch.autocast(device, enabled=False):
                 if isinstance(layer, SANEmbedding):
-                    evidence, features = _weigh_embedding(layer, x, weight.float(), pooled.float())
+                    evidence, features = weigh_classes(layer, x, slope.float(), unit.float())
                 else:
-                    evidence, features = _weigh_product(layer, x.detach().float(), weight.float())
-                if side == "real" and heard.inputs:
-                    evidence.collision = _find_collision(heard.inputs[0], features)
-                _merge(self._evidence[side], name, evidence)
+                    evidence, features = weigh_product(layer, x, slope)
+                if side == "real" and len(heard.inputs) == 1:
+                    evidence.collisions = list_collisions(heard.inputs[0], features)
+            if name in self._evidence[side]:
+                self._evidence[side][name].add(evidence)
+            else:
+                self._evidence[side][name] = evidence
+
+    def _potential(self, index: int, output: SANLogits) -> Tensor:
+        is_paired = isinstance(self.objective, PairedObjective)
+        reals = self._real_outputs[index].fun.float() if is_paired else None
+        return bind_potential(self.objective, reals)(output.dir.float()).sum()
+
+
+def _note_call(name: str, heard: _Pass) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: SANLogits) -> None:
+        heard.calls.append((name, (*args, *kwargs.values())[0], output))
+
+    return hook
+
+
+def _note_run(heard: _Pass) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        heard.inputs += list(list_outputs((*args, *kwargs.values())))[:1]
+        heard.outputs += [out for out in list_outputs(output) if isinstance(out, SANLogits)]
+
+    return hook
+
+
+def _grad(total: Tensor, views: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients that leave the graph as it is, for the backward pass of the training step."""
+    trained = [view for view in views if view.requires_grad]
+    grads = iter(torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True))
+    return tuple(next(grads) if view.requires_grad else None for view in views)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What every test gets: few threads, a fixed seed, tiny data sets, and no gpu tests where there is no GPU."""
+"""What every test gets: few threads, a fixed seed, tiny data sets and networks, no gpu tests where there is no GPU."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -20,12 +21,17 @@ import pytest
 import torch
 from PIL import Image
 
+from training.config import DiscriminatorConfig, GeneratorConfig, MappingConfig, SynthesisConfig
+from training.generator.generator import Generator
+from training.network_io import save_network
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 TINY_NAMES = ("B/5.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png", "c.png")  # as a data set sorts them
 TINY_LABELS = (2, 0, 1, 2, 0, 1)
 
 WriteDataset = Callable[..., Path]
+MakeGeneratorConfig = Callable[..., GeneratorConfig]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -105,3 +111,59 @@ def encode_image(content: np.ndarray | Image.Image | bytes) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format="PNG")
     return stream.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny_generator_config() -> MakeGeneratorConfig:
+    """tiny_generator_config(c_dim, **synthesis): z of 4, w of 8; 16x16 images from four layers of six channels."""
+
+    def make(c_dim: int, **synthesis: object) -> GeneratorConfig:
+        sizes = {"img_resolution": 16, "channel_max": 6, "num_layers": 4, "margin_size": 2}
+        return GeneratorConfig(
+            mapping=MappingConfig(
+                z_dim=4, w_dim=8, c_dim=c_dim, num_embeddings=max(c_dim, 1), embedding_dim=6
+            ),
+            synthesis=SynthesisConfig(**(sizes | synthesis)),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_discriminator_config() -> Callable[..., DiscriminatorConfig]:
+    """tiny_discriminator_config(c_dim, **changes): 16x16 images, seen by Lite0 at 32x32.
+
+    Two heads, of two blocks and of one, at most eight channels wide; one class embedding more than classes.
+    """
+
+    def make(c_dim: int, **changes: object) -> DiscriminatorConfig:
+        config = DiscriminatorConfig(
+            img_resolution=16,
+            c_dim=c_dim,
+            backbones=("tf_efficientnet_lite0",),
+            feature_resolution=32,
+            nominal_resolution=32,
+            projected_channels=8,
+            num_levels=2,
+            head_resolution=4,
+            max_head_channels=8,
+            class_dim=4,
+            num_class_embeddings=c_dim + 1,
+        )
+        return dataclasses.replace(config, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_network(tiny_generator_config: MakeGeneratorConfig) -> Callable[..., str]:
+    """write_network(path, c_dim, img_channels=3, info=None) -> path of an untrained tiny generator, always the same."""
+
+    def write(path: Path, c_dim: int, img_channels: int = 3, info: dict[str, object] | None = None) -> str:
+        torch.manual_seed(1)
+        G = Generator(tiny_generator_config(c_dim, img_channels=img_channels))
+        G.mapping.w_avg.normal_()
+        save_network(path, G, info=info)
+        return str(path)
+
+    return write

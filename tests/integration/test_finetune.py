@@ -23,6 +23,7 @@ from training.official_globals import InertModule
 from training.official_pickle import load_official_pickle
 from training.snapshot import SampleGrid
 
+pytestmark = pytest.mark.usefixtures("process_settings")
 GOLDEN = Path(__file__).parents[1] / "data" / "g_snapshot_xl_stem.pkl"  # 16x16, 10 classes, table of 16 x 24
 LITE0 = "tf_efficientnet_lite0"
 DISCRIMINATOR = DiscriminatorConfig(
@@ -50,17 +51,6 @@ SHORT = (
     "--device",
     "cpu",
 )
-
-
-@pytest.fixture(autouse=True)
-def process_settings():
-    """Training changes switches of the whole process; later tests get them back."""
-    benchmark, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
-    torch.set_flush_denormal(False)
 
 
 # An official file with a whole plain discriminator: the golden one with another D.

@@ -15,29 +15,15 @@ from PIL import Image
 
 import gen_images
 from training.centroids import compute_centroids
-from training.config import GeneratorConfig, MappingConfig, SynthesisConfig
-from training.generator.generator import Generator
-from training.network_io import load_network, save_network
+from training.network_io import load_network
 from training.sampling import latents_for_seed
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
 
 
-def write_network(path, c_dim, img_channels=3, info=None):
-    torch.manual_seed(1)
-    mapping = MappingConfig(z_dim=4, w_dim=8, c_dim=c_dim, num_embeddings=max(c_dim, 1), embedding_dim=6)
-    synthesis = SynthesisConfig(
-        img_resolution=16, img_channels=img_channels, channel_max=6, num_layers=4, margin_size=2
-    )
-    G = Generator(GeneratorConfig(mapping=mapping, synthesis=synthesis))
-    G.mapping.w_avg.normal_()
-    save_network(path, G, info=info)
-    return str(path)
-
-
 @pytest.fixture
-def network(tmp_path):
+def network(tmp_path, write_network):
     return write_network(tmp_path / "net.safetensors", c_dim=3)
 
 
@@ -101,12 +87,12 @@ def test_several_samples_per_seed_are_tiled(network, tmp_path):
     assert pixels(tmp_path / "out" / "seed0000.png").shape == (2 * 16, 3 * 16, 3)
 
 
-def test_many_classes_are_drawn_at_random(tmp_path):
+def test_many_classes_are_drawn_at_random(tmp_path, write_network):
     network = write_network(tmp_path / "net.safetensors", c_dim=21)
     assert run(network, tmp_path / "out", "--seeds", "0-2") == [f"seed{s:04d}.png" for s in range(3)]
 
 
-def test_unconditional_grey_network(tmp_path):
+def test_unconditional_grey_network(tmp_path, write_network):
     network = write_network(tmp_path / "net.safetensors", c_dim=0, img_channels=1)
     names = run(network, tmp_path / "out", "--seeds", "0-4", "--grid")
     assert names == ["grid.png"] + [f"seed{s:04d}.png" for s in range(5)]
@@ -138,23 +124,19 @@ def test_files_of_the_same_name_are_overwritten_and_others_kept(network, tmp_pat
         (["--centroids-path", "c.npy", "--centroids", "4"], "give one of the two"),
     ],
 )
-def test_errors_are_one_line(network, tmp_path, arguments, message):
-    command = ["--network", network, "--outdir", str(tmp_path / "out"), "--trunc", "0.5", *arguments]
-    result = CliRunner().invoke(gen_images.main, command)
-    assert result.exit_code == 1
-    assert result.output.startswith("Error: ") and result.output.count("\n") == 1
-    assert message in result.output
+def test_errors_are_one_line(network, tmp_path, arguments, message, error_line):
+    command = ("--network", network, "--outdir", tmp_path / "out", "--trunc", 0.5, *arguments)
+    assert message in error_line(gen_images.main, *command)
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_that_cannot_be_made(network, tmp_path):
+def test_folder_that_cannot_be_made(network, tmp_path, error_line):
     (tmp_path / "file").write_text("")
-    command = ["--network", network, "--outdir", str(tmp_path / "file" / "out")]
-    result = CliRunner().invoke(gen_images.main, command)
-    assert result.exit_code == 1 and "cannot be made" in result.output
+    command = ("--network", network, "--outdir", tmp_path / "file" / "out")
+    assert "cannot be made" in error_line(gen_images.main, *command)
 
 
-def test_class_by_name(tmp_path):
+def test_class_by_name(tmp_path, write_network):
     network = write_network(
         tmp_path / "net.safetensors", c_dim=3, info={"class_names": ["cat", "dog", "cow"]}
     )

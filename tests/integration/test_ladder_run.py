@@ -22,19 +22,9 @@ from training.network_io import load_network, read_info, read_network, save_netw
 from training.presets import PRESETS
 from training.training_loop import Trainer
 
+pytestmark = pytest.mark.usefixtures("process_settings")
 COMMAND = ("--ladder", "digits", "--device", "cpu", "--embedding", "random", "--metrics", "none")
 SIDES = (8, 16)
-
-
-@pytest.fixture(autouse=True)
-def process_settings():
-    """Training changes switches of the whole process; later tests get them back."""
-    benchmark, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from metrics import features
-from training.config import GeneratorConfig, MappingConfig, SynthesisConfig
 from training.dataset import open_dataset
-from training.generator.generator import Generator
-from training.network_io import save_network
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "quickstart.py"
 
@@ -129,7 +126,7 @@ def test_training_is_started_and_its_folder_found(quickstart, tmp_path, monkeypa
     assert commands[0][2:] == expected and Path(commands[0][1]).name == "train.py"
 
 
-def test_an_untrained_network_fails(quickstart, tmp_path, monkeypatch):
+def test_an_untrained_network_fails(quickstart, tmp_path, monkeypatch, write_network):
     class MeanDetector:  # a stand-in: the real network would take seconds
         name, fingerprint = "mean", "1"
 
@@ -139,14 +136,8 @@ def test_an_untrained_network_fails(quickstart, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "lite0_detector", lambda device: MeanDetector())
     monkeypatch.setenv("STYLESAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(quickstart.cpu, "tune_for_training", lambda: None)  # a setting of the whole process
-    mapping = MappingConfig(z_dim=4, w_dim=8, c_dim=10, num_embeddings=10, embedding_dim=6)
-    synthesis = SynthesisConfig(img_resolution=16, channel_max=6, num_layers=4, margin_size=2)
-    save_network(
-        tmp_path / "net.safetensors", Generator(GeneratorConfig(mapping=mapping, synthesis=synthesis))
-    )
-    result = CliRunner().invoke(
-        quickstart.main, [str(tmp_path / "net.safetensors"), "--json", "--device", "cpu"]
-    )
+    network = write_network(tmp_path / "net.safetensors", c_dim=10)
+    result = CliRunner().invoke(quickstart.main, [network, "--json", "--device", "cpu"])
     assert result.exit_code == 1, result.output
     (row,) = json.loads(result.output)
     assert row["fd"] > 0 and row["accuracy"] < 0.6 and len(row["accuracy_per_class"]) == 10
@@ -154,12 +145,8 @@ def test_an_untrained_network_fails(quickstart, tmp_path, monkeypatch):
     assert verdicts["judge on held-out real digits"] and not verdicts["class accuracy"]
 
 
-def test_a_network_of_something_else_is_refused(quickstart, tmp_path, monkeypatch):
+def test_a_network_of_something_else_is_refused(quickstart, tmp_path, monkeypatch, write_network):
     monkeypatch.setattr(quickstart.cpu, "tune_for_training", lambda: None)
-    mapping = MappingConfig(z_dim=4, w_dim=8, c_dim=2, num_embeddings=2, embedding_dim=6)
-    synthesis = SynthesisConfig(img_resolution=16, channel_max=6, num_layers=4, margin_size=2)
-    save_network(
-        tmp_path / "net.safetensors", Generator(GeneratorConfig(mapping=mapping, synthesis=synthesis))
-    )
-    result = CliRunner().invoke(quickstart.main, [str(tmp_path / "net.safetensors"), "--device", "cpu"])
+    network = write_network(tmp_path / "net.safetensors", c_dim=2)
+    result = CliRunner().invoke(quickstart.main, [network, "--device", "cpu"])
     assert result.exit_code == 1 and "was not trained on the digits" in result.output

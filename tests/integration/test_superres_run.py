@@ -20,6 +20,7 @@ import train
 from training.dataset import open_dataset
 from training.network_io import load_network, read_network
 
+pytestmark = pytest.mark.usefixtures("process_settings")
 TINY = (
     "--device",
     "cpu",
@@ -34,16 +35,6 @@ TINY = (
     "--metrics",
     "none",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_settings():
-    """Training changes switches of the whole process; later tests get them back."""
-    benchmark, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
-    torch.set_flush_denormal(False)
 
 
 def train_network(outdir: Path, *arguments: object) -> Path:

@@ -4,6 +4,7 @@
 import json
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +17,7 @@ from PIL import Image
 import train
 from metrics import evaluate
 from torch_utils.errors import UserError
-from training.config import (
-    DiscriminatorConfig,
-    GeneratorConfig,
-    LossConfig,
-    MappingConfig,
-    SynthesisConfig,
-    TrainConfig,
-    from_json,
-)
+from training.config import LossConfig, TrainConfig, from_json
 from training.dataset import open_dataset
 from training.network_io import load_network, read_network
 from training.presets import quickstart
@@ -32,22 +25,12 @@ from training.run_log import create_run_dir
 from training.snapshot import SampleGrid
 from training.training_loop import Trainer
 
+pytestmark = pytest.mark.usefixtures("process_settings")
 CPU = torch.device("cpu")
 COMMAND = shlex.split("""--loss san --preset quickstart --device cpu --kimg 0.064 --tick 0.032 --snap 1 --batch 16
     --embedding random""")
 METRIC_VALUES = (5.0, 7.0)  # of the two snapshots: the first is the better
 DIGITS_HASH = "18c13031fd3cd65a"  # content hash of the built-in set
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_settings():
-    """Training changes switches of the whole process; later tests get them back."""
-    benchmark, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order: the same weights for the same seed
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
-    torch.set_flush_denormal(False)
 
 
 # The command line, once: all artefacts.
@@ -187,28 +170,13 @@ def load_pixels(path: Path) -> np.ndarray:
 # The trainer on a smaller configuration.
 
 
-def tiny_config(**changes) -> TrainConfig:
-    """Four iterations of 8 of the digits; four layers of six channels, Lite0 on 32x32 with two heads."""
+@pytest.fixture(scope="module")
+def tiny_config(tiny_generator_config, tiny_discriminator_config) -> Callable[..., TrainConfig]:
+    """tiny_config(**changes): four iterations of 8 of the digits, on tiny networks."""
     config = replace(
         quickstart(),
-        generator=GeneratorConfig(
-            mapping=MappingConfig(z_dim=8, w_dim=16, c_dim=10, num_embeddings=10),
-            synthesis=SynthesisConfig(
-                img_resolution=16, channel_max=6, num_layers=4, margin_size=2, num_fp16_res=0
-            ),
-        ),
-        discriminator=DiscriminatorConfig(
-            img_resolution=16,
-            c_dim=10,
-            backbones=("tf_efficientnet_lite0",),
-            feature_resolution=32,
-            nominal_resolution=32,
-            projected_channels=8,
-            num_levels=2,
-            head_resolution=4,
-            max_head_channels=16,
-            num_class_embeddings=10,
-        ),
+        generator=tiny_generator_config(10, num_fp16_res=0),
+        discriminator=tiny_discriminator_config(10, max_head_channels=16),
         embedding_source="random",
         batch_size=8,
         microbatch_size=4,
@@ -218,7 +186,7 @@ def tiny_config(**changes) -> TrainConfig:
         metrics=(),
         evaluate_at_start=False,
     )
-    return replace(config, **changes)
+    return lambda **changes: replace(config, **changes)
 
 
 def unconditional(config: TrainConfig) -> TrainConfig:
@@ -249,7 +217,7 @@ def losses_of(run_dir: Path) -> list[tuple[float, float]]:
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory) -> Path:
+def tiny_run(tmp_path_factory, tiny_config) -> Path:
     return run(tiny_config(), tmp_path_factory.mktemp("tiny") / "run")
 
 
@@ -262,7 +230,7 @@ def test_without_snapshots_there_is_one_at_the_end(tiny_run):
     assert [read_network(tiny_run / f"{n}.safetensors").info["cur_nimg"] for n in names] == [32, 32]
 
 
-def test_the_same_seed_gives_the_same_weights(tiny_run, tmp_path):
+def test_the_same_seed_gives_the_same_weights(tiny_run, tmp_path, tiny_config):
     torch.rand(7)  # what came before does not matter
     again = run(tiny_config(), tmp_path / "again")
     expected, actual = tensors_of(tiny_run), tensors_of(again)
@@ -272,12 +240,12 @@ def test_the_same_seed_gives_the_same_weights(tiny_run, tmp_path):
     assert (again / "fakes000000.png").read_bytes() == (tiny_run / "fakes000000.png").read_bytes()
 
 
-def test_another_seed_gives_others(tiny_run, tmp_path):
+def test_another_seed_gives_others(tiny_run, tmp_path, tiny_config):
     other = run(tiny_config(seed=1, total_kimg=0.008), tmp_path / "other")
     assert losses_of(other)[0] != losses_of(tiny_run)[0]
 
 
-def test_every_network_was_trained(tiny_run, tmp_path):
+def test_every_network_was_trained(tiny_run, tmp_path, tiny_config):
     start = run(tiny_config(total_kimg=0.008), tmp_path / "start")
     before, after = tensors_of(start), tensors_of(tiny_run)
     same = {name for name in before if torch.equal(before[name], after[name])}
@@ -289,7 +257,7 @@ def test_every_network_was_trained(tiny_run, tmp_path):
     assert not torch.equal(after["G.synthesis.input.weight"], after["G_ema.synthesis.input.weight"])
 
 
-def test_resume_starts_from_the_file(tiny_run, tmp_path):
+def test_resume_starts_from_the_file(tiny_run, tmp_path, tiny_config):
     path = tiny_run / "network-snapshot.safetensors"
     resumed = run(tiny_config(resume=str(path), ema_rampup=None, total_kimg=0.008, seed=5), tmp_path / "run")
     assert (resumed / "fakes_init.png").read_bytes() == (tiny_run / "fakes000000.png").read_bytes()
@@ -303,7 +271,7 @@ def test_resume_starts_from_the_file(tiny_run, tmp_path):
     assert 0 < moved < 1e-2
 
 
-def test_a_plain_gan_trains_too(tiny_run, tmp_path):
+def test_a_plain_gan_trains_too(tiny_run, tmp_path, tiny_config):
     gan = run(tiny_config(loss="gan"), tmp_path / "gan")
     assert np.isfinite(losses_of(gan)).all()
     san_names, gan_names = tensors_of(tiny_run).keys(), tensors_of(gan).keys()
@@ -311,7 +279,7 @@ def test_a_plain_gan_trains_too(tiny_run, tmp_path):
     assert not {n for n in gan_names if n.endswith("last.embed.scale")}
 
 
-def test_unconditional_with_path_length_and_style_mixing(tmp_path):
+def test_unconditional_with_path_length_and_style_mixing(tmp_path, tiny_config):
     terms = LossConfig(pl_weight=2.0, pl_start_kimg=0.016, style_mixing_prob=0.9)
     optimizer = replace(quickstart().generator_optimizer, reg_interval=2)
     config = unconditional(tiny_config(loss_terms=terms, generator_optimizer=optimizer, total_kimg=0.048))
@@ -325,13 +293,13 @@ def test_unconditional_with_path_length_and_style_mixing(tmp_path):
     assert load_pixels(run_dir / "reals.png").shape == (rows * 16, columns * 16, 3)
 
 
-def test_a_fault_found_while_building_leaves_no_folder(tmp_path):
+def test_a_fault_found_while_building_leaves_no_folder(tmp_path, tiny_config):
     with pytest.raises(UserError, match="does not exist"):
         run(tiny_config(resume=str(tmp_path / "absent.safetensors")), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
-def test_missing_guidance_weights_leave_no_folder(tmp_path, monkeypatch):
+def test_missing_guidance_weights_leave_no_folder(tmp_path, monkeypatch, tiny_config):
     def pretrained():
         raise UserError("no pretrained weights")
 

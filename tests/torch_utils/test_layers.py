@@ -18,15 +18,8 @@ META = json.loads(str(GOLDEN["meta_json"]))
 CASES = [case for case in META if case.startswith("fc")]
 
 
-def assert_near(actual, expected, limit):
-    """max|a - b| <= limit * max|b|."""
-    actual = actual.detach().numpy()
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= limit * np.abs(expected).max()
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_golden_values_and_gradients(case):
+def test_golden_values_and_gradients(case, assert_near):
     data = {k.split("/")[1]: torch.tensor(GOLDEN[k]) for k in GOLDEN.files if k.startswith(case + "/")}
     known = inspect.signature(FullyConnectedLayer).parameters
     layer = FullyConnectedLayer(

@@ -16,15 +16,8 @@ GOLDEN = np.load(Path(__file__).parents[1] / "data" / "g_ops_bias_act.npz")
 CASES = json.loads(str(GOLDEN["meta_json"]))
 
 
-def assert_near(actual, expected, limit):
-    """max|a - b| <= limit * max|b|; None stands for zeros."""
-    actual = np.zeros_like(expected) if actual is None else actual.detach().numpy()
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= limit * np.abs(expected).max()
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_golden_values_and_gradients(case):
+def test_golden_values_and_gradients(case, assert_near):
     arguments = {k: v for k, v in CASES[case].items() if k in ("act", "dim", "alpha", "gain", "clamp")}
     data = {k.split("/")[1]: torch.tensor(GOLDEN[k]) for k in GOLDEN.files if k.startswith(case + "/")}
     inputs = {k: data[k].requires_grad_() for k in ("x", "b") if k in data}

@@ -20,15 +20,8 @@ GOLDEN = np.load(Path(__file__).parents[1] / "data" / "g_ops_conv2d_resample.npz
 CASES = json.loads(str(GOLDEN["meta_json"]))
 
 
-def assert_near(actual, expected, limit):
-    """max|a - b| <= limit * max|b|; None stands for zeros."""
-    actual = np.zeros_like(expected) if actual is None else actual.detach().numpy()
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= limit * np.abs(expected).max()
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_golden_values_and_gradients(case):
+def test_golden_values_and_gradients(case, assert_near):
     known = set(inspect.signature(conv2d_resample).parameters) - {"f"}
     arguments = {k: v for k, v in CASES[case].items() if k in known}
     data = {k.split("/")[1]: torch.tensor(GOLDEN[k]) for k in GOLDEN.files if k.startswith(case + "/")}

@@ -18,15 +18,8 @@ META = json.loads(str(GOLDEN["meta_json"]))
 CASES = [case for case in META if case.startswith("mod")]
 
 
-def assert_near(actual, expected, limit):
-    """max|a - b| <= limit * max|b|; None stands for zeros."""
-    actual = np.zeros_like(expected) if actual is None else actual.detach().numpy()
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= limit * np.abs(expected).max()
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_golden_values_and_gradients(case):
+def test_golden_values_and_gradients(case, assert_near):
     arguments = {k: META[case][k] for k in ("demodulate", "padding")}
     data = {k.split("/")[1]: torch.tensor(GOLDEN[k]) for k in GOLDEN.files if k.startswith(case + "/")}
     s, x, w, r = (data[k].requires_grad_() for k in "sxwr")

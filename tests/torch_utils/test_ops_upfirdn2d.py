@@ -22,13 +22,6 @@ CASES = [case for case in META if case.startswith("case")]
 SETUPS = [case for case in META if case.startswith("setup")]
 
 
-def assert_near(actual, expected, limit):
-    """max|a - b| <= limit * max|b|; None stands for zeros."""
-    actual = np.zeros_like(expected) if actual is None else actual.detach().numpy()
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= limit * np.abs(expected).max()
-
-
 def naive_upfirdn2d(x, f, up, down, padding, flip_filter=False, gain=1):
     """Zero insertion, padding, depthwise convolution, decimation; factors are (x, y)."""
     N, C, H, W = x.shape
@@ -44,7 +37,7 @@ def naive_upfirdn2d(x, f, up, down, padding, flip_filter=False, gain=1):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_golden_values_and_gradients(case):
+def test_golden_values_and_gradients(case, assert_near):
     function = getattr(ops, META[case]["fn"])
     arguments = {
         k: v for k, v in META[case].items() if k in inspect.signature(function).parameters and k != "f"
@@ -61,7 +54,7 @@ def test_golden_values_and_gradients(case):
 
 
 @pytest.mark.parametrize("case", SETUPS)
-def test_golden_setup_filter(case):
+def test_golden_setup_filter(case, assert_near):
     f = ops.setup_filter(**META[case])
     assert f.dtype == torch.float32
     assert_near(f, GOLDEN[case + "/f"], 1e-6)

@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""Writes files as the official code does: networks of ours as its objects, pickled by Python itself."""
+"""Files as the official code writes them, pickled by Python itself, and the rules that golden weights follow."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import pickle
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
+from torch_utils.errors import UserError
 from training.generator.generator import Generator
+from training.network_io import read_network
+
+Draw = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 
 class Persistent:
@@ -190,3 +198,113 @@ def official(monkeypatch) -> types.SimpleNamespace:
     make("dnnlib.util", "EasyDict", dict)
     make("dnnlib.tflib.network", "Network", object)
     return made
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[bytes], Path]:
+    """written(data) -> path of a file net.pkl that holds these bytes."""
+
+    def write_bytes(data: bytes) -> Path:
+        path = tmp_path / "net.pkl"
+        path.write_bytes(data)
+        return path
+
+    return write_bytes
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[[Path], str]:
+    """refused(path) -> the one short line with which a network file is refused."""
+
+    def message_of(path: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            read_network(path)
+        message = str(caught.value)
+        assert str(path) in message and "\n" not in message and len(message) < 500
+        return message
+
+    return message_of
+
+
+# Weights and inputs of the golden files: rules instead of numbers.
+
+
+def rng_of(name: str) -> np.random.Generator:
+    """Random numbers that depend on the name alone."""
+    return np.random.Generator(
+        np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+    )
+
+
+@pytest.fixture(scope="session")
+def draw() -> Draw:
+    """draw(name, shape) -> standard normal numbers, float64, that depend on the name alone."""
+    return lambda name, shape: torch.from_numpy(np.asarray(rng_of(name).standard_normal(shape)))
+
+
+@pytest.fixture(scope="session")
+def uniform() -> Draw:
+    """uniform(name, shape) -> numbers of [-1, 1), float32, that depend on the name alone."""
+    return lambda name, shape: torch.from_numpy((-1 + 2 * rng_of(name).random(shape)).astype(np.float32))
+
+
+@pytest.fixture(scope="session")
+def generator_fill(draw: Draw) -> Callable[[str, tuple[int, ...], str], torch.Tensor | None]:
+    """generator_fill(name, shape, salt) -> float64 value of G's tensor in golden files; None for the derived ones."""
+
+    def fill(name: str, shape: tuple[int, ...], salt: str) -> torch.Tensor | None:
+        if name.endswith(("transform", "_filter")):
+            return None
+        numbers = draw(salt + name, shape)
+        if name.endswith("magnitude_ema"):
+            return (0.3 * numbers).exp()
+        if name.startswith("mapping.fc"):
+            return numbers * (100 if name.endswith("weight") else 10)
+        if name == "synthesis.input.affine.bias":
+            return 0.1 * numbers + torch.tensor([1.0, 0, 0, 0])
+        if name.endswith(".bias"):
+            return 0.1 * numbers + (1 if name.endswith("affine.bias") else 0)
+        scales = {"mapping.w_avg": 0.5, "synthesis.input.affine.weight": 0.3, "synthesis.input.phases": 0.3}
+        return scales.get(name, 1) * numbers
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def filled() -> Callable[[str, list], dict[str, torch.Tensor]]:
+    """filled(salt, [(name, shape), ...]) -> float32 weights of D and of timm's networks in golden files, by name."""
+    return fill_by_kind
+
+
+def fill_by_kind(salt: str, names: list) -> dict[str, torch.Tensor]:
+    """Normal numbers seeded by name, scaled by kind of tensor; power iterations have converged."""
+    values = {}
+    for name, shape in names:
+        x = rng_of(f"{salt}:{name}").standard_normal(shape)
+        last = name.rsplit(".", 1)[-1]
+        if last in ("running_mean", "bias"):
+            x = 0.1 * x
+        elif last == "running_var":
+            x = 1 + 0.2 * np.abs(x)
+        elif last in ("weight_u", "weight_v"):
+            x = x / np.linalg.norm(x)
+        elif last in ("cls_token", "dist_token", "pos_embed"):
+            x = 0.2 * x
+        elif last == "scale":
+            x = 0.5 + np.abs(x)
+        elif len(shape) == 1:
+            x = 1 + 0.1 * x
+        else:
+            x = x * math.sqrt(2 / np.prod(shape[1:]))
+        values[name] = x.astype(np.float32)
+    for name in [n for n in values if n.endswith("weight_orig")]:
+        stem = name.removesuffix("weight_orig")
+        matrix = values[name].astype(np.float64).reshape(len(values[name]), -1)
+        u = values[stem + "weight_u"].astype(np.float64)
+        for _ in range(10):
+            v = matrix.T @ u
+            v /= np.linalg.norm(v)
+            u = matrix @ v
+            u /= np.linalg.norm(u)
+        values[stem + "weight_u"], values[stem + "weight_v"] = u.astype(np.float32), v.astype(np.float32)
+    return {name: torch.from_numpy(value) for name, value in values.items()}

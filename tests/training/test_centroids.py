@@ -7,14 +7,13 @@ import torch
 
 from torch_utils.errors import UserError
 from training.centroids import compute_centroids, kmeans, load_centroids, sample_w, save_centroids
-from training.config import GeneratorConfig, MappingConfig, SynthesisConfig
 from training.generator.generator import Generator
 
 
-def small_network(c_dim):
-    mapping = MappingConfig(z_dim=4, w_dim=8, c_dim=c_dim, num_embeddings=max(c_dim, 1), embedding_dim=6)
-    synthesis = SynthesisConfig(img_resolution=16, channel_max=6, num_layers=4, margin_size=2)
-    return Generator(GeneratorConfig(mapping=mapping, synthesis=synthesis)).eval().requires_grad_(False)
+@pytest.fixture
+def small_network(tiny_generator_config):
+    """small_network(c_dim) -> generator in evaluation mode."""
+    return lambda c_dim: Generator(tiny_generator_config(c_dim)).eval().requires_grad_(False)
 
 
 def sorted_rows(array):
@@ -47,7 +46,7 @@ def test_as_many_centroids_as_samples_and_repeated_samples():
     np.testing.assert_array_equal(kmeans(repeated, 3), np.ones((3, 2)))
 
 
-def test_same_seed_same_centroids():
+def test_same_seed_same_centroids(small_network):
     G = small_network(c_dim=3)
     first = compute_centroids(G, 4, num_samples=500, seed=1)
     assert first.shape == (4, 8) and first.dtype == torch.float32 and first.isfinite().all()
@@ -55,13 +54,13 @@ def test_same_seed_same_centroids():
     assert not torch.equal(first, compute_centroids(G, 4, num_samples=500, seed=2))
 
 
-def test_one_centroid_is_the_mean():
+def test_one_centroid_is_the_mean(small_network):
     G = small_network(c_dim=0)
     expected = sample_w(G, 1500, None, seed=0).mean(dim=0, keepdim=True)
     torch.testing.assert_close(compute_centroids(G, 1, num_samples=1500), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_only_the_given_classes_are_sampled():
+def test_only_the_given_classes_are_sampled(small_network):
     G = small_network(c_dim=3)
     z = torch.from_numpy(np.random.RandomState(0).randn(40, 4)).float()
     torch.testing.assert_close(sample_w(G, 40, [2], seed=0), G.mapping(z, torch.full((40,), 2))[:, 0])
@@ -111,6 +110,6 @@ def test_other_files_are_refused(tmp_path):
             load_centroids(tmp_path / name, 8)
 
 
-def test_more_centroids_than_samples_are_refused():
+def test_more_centroids_than_samples_are_refused(small_network):
     with pytest.raises(UserError, match="11 centroids cannot be found among 10 samples"):
         compute_centroids(small_network(c_dim=0), 11, num_samples=10)

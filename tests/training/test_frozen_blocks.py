@@ -8,28 +8,19 @@ import torch
 from torch import Tensor
 
 import san
-from training.config import ConfigError, DiscriminatorConfig
+from training.config import ConfigError
 from training.discriminator.projected import ProjectedDiscriminator
 from training.presets import quickstart
 from training.training_loop import make_optimizer
 
-CONFIG = DiscriminatorConfig(
-    img_resolution=16,
-    c_dim=3,
-    backbones=("tf_efficientnet_lite0",),
-    feature_resolution=64,
-    nominal_resolution=64,
-    projected_channels=4,
-    num_levels=3,
-    head_resolution=4,
-    max_head_channels=8,
-    class_dim=4,
-    num_class_embeddings=4,
-)  # heads of 3, 2 and 1 blocks
 
-
-def make_discriminator(kind: str = "san") -> ProjectedDiscriminator:
-    return ProjectedDiscriminator(CONFIG, kind, pretrained=False)
+@pytest.fixture(scope="module")
+def make_discriminator(tiny_discriminator_config):
+    """make_discriminator(kind) -> D with heads of 3, 2 and 1 blocks."""
+    cfg = tiny_discriminator_config(
+        3, feature_resolution=64, nominal_resolution=64, projected_channels=4, num_levels=3
+    )
+    return lambda kind="san": ProjectedDiscriminator(cfg, kind, pretrained=False)
 
 
 def train(D: ProjectedDiscriminator, num_steps: int = 3) -> None:
@@ -60,7 +51,7 @@ def is_frozen(name: str, count: int) -> bool:
 
 @pytest.mark.parametrize("kind", ["san", "gan"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_frozen_blocks_keep_every_bit_and_the_rest_is_trained(kind, count):
+def test_frozen_blocks_keep_every_bit_and_the_rest_is_trained(kind, count, make_discriminator):
     D = make_discriminator(kind)
     train(D, 1)
     D.freeze_blocks_(count)
@@ -73,7 +64,7 @@ def test_frozen_blocks_keep_every_bit_and_the_rest_is_trained(kind, count):
         assert is_same == is_frozen(name, count), name
 
 
-def test_the_function_at_the_time_of_freezing_stays():
+def test_the_function_at_the_time_of_freezing_stays(make_discriminator):
     """Training mode still normalises by the batch: the first step's logits and gradients are as without freezing."""
     torch.manual_seed(1)
     D, frozen = make_discriminator(), make_discriminator()
@@ -94,7 +85,7 @@ def test_the_function_at_the_time_of_freezing_stays():
     assert gradients[1][1].abs().max() > 0  # the generator still learns from frozen blocks
 
 
-def test_frozen_blocks_get_no_gradient_and_no_optimizer():
+def test_frozen_blocks_get_no_gradient_and_no_optimizer(make_discriminator):
     D = make_discriminator()
     all_parameters = sum(p.numel() for p in D.trainable_parameters())
     D.freeze_blocks_(1)
@@ -110,7 +101,7 @@ def test_frozen_blocks_get_no_gradient_and_no_optimizer():
     )
 
 
-def test_evaluation_mode_uses_the_stored_statistics():
+def test_evaluation_mode_uses_the_stored_statistics(make_discriminator):
     D = make_discriminator()
     train(D, 2)
     D.eval()
@@ -122,6 +113,6 @@ def test_evaluation_mode_uses_the_stored_statistics():
     torch.testing.assert_close(D(images, labels)["tf_efficientnet_lite0"].fun, expected)
 
 
-def test_more_blocks_than_any_head_has_are_refused():
+def test_more_blocks_than_any_head_has_are_refused(make_discriminator):
     with pytest.raises(ConfigError, match="--freezed 4: the heads of D have at most 3 blocks"):
         make_discriminator().freeze_blocks_(4)

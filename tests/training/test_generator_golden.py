@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The generator against official numbers: style vectors, images, gradients, path length, running means.
 
-Weights are not stored but drawn from names (`draw`). An array's error is max|a - b| / max|b|.
+Weights are not stored but drawn from names (the fixture `generator_fill`). An array's error is max|a - b| / max|b|.
 
     pytest tests/training/test_generator_golden.py
 """
 
-import hashlib
 import json
 import math
 from functools import cache
@@ -43,39 +42,14 @@ def assert_close(actual, expected, tolerance, what=""):
     assert error <= tolerance, f"{what}: {error:.2g} > {tolerance:.2g}"
 
 
-def draw(key, shape):
-    """Standard normal numbers, float64, that depend on the key alone."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-    return torch.from_numpy(np.asarray(np.random.Generator(np.random.PCG64(seed)).standard_normal(shape)))
-
-
-def fill_scale(name):
-    """Standard deviation and offset of a tensor's fill."""
-    if name.startswith("mapping.fc"):
-        return (100, 0) if name.endswith("weight") else (10, 0)
-    if name == "synthesis.input.affine.bias":
-        return 0.1, torch.tensor([1.0, 0, 0, 0])
-    if name.endswith("affine.bias"):
-        return 0.1, 1
-    if name.endswith(".bias"):
-        return 0.1, 0
-    special = {"mapping.w_avg": 0.5, "synthesis.input.affine.weight": 0.3, "synthesis.input.phases": 0.3}
-    return special.get(name, 1), 0
-
-
-def fill_(G, salt):
+def fill_(G, salt, generator_fill):
     for name, tensor in G.state_dict().items():
-        if name.endswith(("transform", "_filter")):
-            continue
-        numbers = draw(salt + name, tuple(tensor.shape))
-        if name.endswith("magnitude_ema"):
-            tensor.copy_((0.3 * numbers).exp())
-        else:
-            scale, offset = fill_scale(name)
-            tensor.copy_(numbers * scale + offset)
+        value = generator_fill(name, tuple(tensor.shape), salt)
+        if value is not None:
+            tensor.copy_(value)
 
 
-def build(name):
+def build(name, generator_fill):
     """The case's filled generator, its arrays and meta data."""
     golden, meta = load_golden(name)
     is_stage = "stem" in meta
@@ -88,7 +62,7 @@ def build(name):
     )
     superres = (SuperresConfig(**meta["kwargs"]),) if is_stage else ()
     G = Generator(GeneratorConfig(mapping=mapping, synthesis=SynthesisConfig(**kwargs), superres=superres))
-    fill_(G, meta["salt"])
+    fill_(G, meta["salt"], generator_fill)
     if is_stage:
         freeze_stem_(G, trains_stem_input=True)  # as the official trainer
     return G, golden, meta
@@ -101,8 +75,8 @@ def one_hot(golden, meta):
 
 
 @pytest.fixture(params=CASES)
-def case(request):
-    return build(request.param)
+def case(request, generator_fill):
+    return build(request.param, generator_fill)
 
 
 def trained_parameters(G):
@@ -110,7 +84,7 @@ def trained_parameters(G):
     return [(name, p) for name, p in G.named_parameters() if p.requires_grad]
 
 
-def assert_gradients(G, gradients, golden, meta, prefix=""):
+def assert_gradients(G, gradients, golden, meta, draw, prefix=""):
     """Full gradients where stored; of every parameter the norm and a projection."""
     by_name = dict(zip((name for name, _ in trained_parameters(G)), gradients, strict=True))
     stored = [key for key in golden if key.startswith(f"{prefix}dparam/")]
@@ -151,8 +125,8 @@ def test_parameters_and_buffers_have_official_names_shapes_and_order(case):
     )
 
 
-def test_a_stage_trains_and_freezes_the_official_parameters():
-    G, _, meta = build("g_superres_t_up2")
+def test_a_stage_trains_and_freezes_the_official_parameters(generator_fill):
+    G, _, meta = build("g_superres_t_up2", generator_fill)
     trained = [name for name, _ in trained_parameters(G)]
     assert trained == meta["trainable"]
     assert [name for name, p in G.named_parameters() if not p.requires_grad] == meta["frozen"]
@@ -181,8 +155,8 @@ def test_style_vectors_and_images(case):
 
 @pytest.mark.parametrize("name", ["g_gen_t_cond", "g_gen_r_cond", "g_superres_t_up2"])
 @torch.no_grad()
-def test_user_transform(name):
-    G, golden, meta = build(name)
+def test_user_transform(name, generator_fill):
+    G, golden, meta = build(name, generator_fill)
     G.synthesis.input.transform.copy_(golden["transform"])
     assert_close(G(golden["z"], one_hot(golden, meta)), golden["img_transform"], IMAGES)
 
@@ -204,20 +178,20 @@ def test_activations(case):
         assert (x.double().mean() - golden["act_mean"][index]).abs() <= IMAGES * rms, f"{name} mean"
 
 
-def test_gradients(case):
+def test_gradients(case, draw):
     G, golden, meta = case
     z = golden["z"].clone().requires_grad_()
     images = G(z, one_hot(golden, meta))
     loss = (images * golden["r"]).sum()
     dz, *gradients = torch.autograd.grad(loss, [z, *(p for _, p in trained_parameters(G))], allow_unused=True)
     assert_close(dz, golden["dz"], GRADIENTS, "dz")
-    assert_gradients(G, gradients, golden, meta)
+    assert_gradients(G, gradients, golden, meta, draw)
 
 
 @pytest.mark.parametrize("name", STEMS)
-def test_path_length_through_both_networks(name):
+def test_path_length_through_both_networks(name, draw, generator_fill):
     """Needs the gradient of the gradient with respect to the style vectors."""
-    G, golden, meta = build(name)
+    G, golden, meta = build(name, generator_fill)
     num_samples = len(golden["z"]) // 2
     ws = G.mapping(golden["z"][:num_samples], one_hot(golden, meta)[:num_samples])
     images = G.synthesis(ws)
@@ -241,7 +215,7 @@ def test_path_length_through_both_networks(name):
         torch.zeros_like(p) if g is None and name not in meta["pl_grad_none"] else g
         for g, (name, p) in zip(gradients, G.named_parameters(), strict=True)
     ]
-    assert_gradients(G, gradients, golden, meta, prefix="pl_")
+    assert_gradients(G, gradients, golden, meta, draw, prefix="pl_")
 
 
 @torch.no_grad()

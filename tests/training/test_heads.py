@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Heads against the official mini-discriminators: values, gradients by view, and the buffers they leave behind."""
 
-import hashlib
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -18,47 +16,6 @@ DATA = Path(__file__).parents[1] / "data"
 CASES = ["SingleDisc_128_112", "SingleDisc_16_14", "SingleDiscCond_128_112", "SingleDiscCond_16_14"]
 
 
-def generator(name: str) -> np.random.Generator:
-    return np.random.Generator(
-        np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
-    )
-
-
-def normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(generator(name).standard_normal(shape).astype(np.float32))
-
-
-def filled(salt: str, names: list) -> dict[str, torch.Tensor]:
-    values = {}
-    for name, shape in names:
-        x = generator(f"{salt}:{name}").standard_normal(shape)
-        last = name.rsplit(".", 1)[-1]
-        if last in ("running_mean", "bias"):
-            x = 0.1 * x
-        elif last == "running_var":
-            x = 1 + 0.2 * np.abs(x)
-        elif last in ("weight_u", "weight_v"):
-            x = x / np.linalg.norm(x)
-        elif last == "scale":
-            x = 0.5 + np.abs(x)
-        elif len(shape) == 1:
-            x = 1 + 0.1 * x
-        else:
-            x = x * math.sqrt(2 / np.prod(shape[1:]))
-        values[name] = x.astype(np.float32)
-    for name in [n for n in values if n.endswith("weight_orig")]:
-        stem = name.removesuffix("weight_orig")
-        matrix = values[name].astype(np.float64).reshape(len(values[name]), -1)
-        u = values[stem + "weight_u"].astype(np.float64)
-        for _ in range(10):
-            v = matrix.T @ u
-            v /= np.linalg.norm(v)
-            u = matrix @ v
-            u /= np.linalg.norm(u)
-        values[stem + "weight_u"], values[stem + "weight_v"] = u.astype(np.float32), v.astype(np.float32)
-    return {name: torch.from_numpy(value) for name, value in values.items()}
-
-
 def our_name(name: str) -> str:
     """main.0.main.1.weight, last_layer.scale, cls.weight_orig, embed.scale, embed_proj.bias, ... -> ours."""
     head, *rest = name.split(".")
@@ -71,7 +28,7 @@ def config(c_dim: int) -> DiscriminatorConfig:
     return DiscriminatorConfig(img_resolution=256, c_dim=c_dim)
 
 
-def load_case(kind: str, tag: str):
+def load_case(kind: str, tag: str, draw, filled):
     """(golden arrays of the case, head, input, labels)."""
     with np.load(DATA / f"d_discriminator_{kind}.npz") as data:
         golden = {k.removeprefix(tag + "/"): data[k] for k in data.files if k.startswith(tag + "/")}
@@ -81,7 +38,7 @@ def load_case(kind: str, tag: str):
     values = filled(f"pub.{kind}.{class_name}{start}", json.loads(str(golden["names"])))
     missing, unexpected = head.load_state_dict({our_name(n): v for n, v in values.items()}, strict=False)
     assert not unexpected and all("num_batches_tracked" in name for name in missing)
-    x = normal(f"pub:{tag}.x", (2, num_channels, int(feat), int(feat)))
+    x = draw(f"pub:{tag}.x", (2, num_channels, int(feat), int(feat))).float()
     return golden, head, x.requires_grad_(), torch.from_numpy(golden["class_ids"])
 
 
@@ -119,8 +76,8 @@ def check_gradients(golden: dict, phase: str, head: nn.Module, x: torch.Tensor) 
 
 @pytest.mark.parametrize("tag", CASES)
 @pytest.mark.parametrize("kind", ["san", "gan"])
-def test_matches_official(kind, tag):
-    golden, head, x, labels = load_case(kind, tag)
+def test_matches_official(kind, tag, draw, filled):
+    golden, head, x, labels = load_case(kind, tag, draw, filled)
     with torch.no_grad():
         logits = head.eval()(x, labels)
     close(logits.fun, golden["eval"], rtol=2e-4, atol=2e-4)
@@ -131,7 +88,7 @@ def test_matches_official(kind, tag):
     logits = head(x, labels)
     close(logits.fun, golden["train1"])
     # The official gradient of this pass flows everywhere; of a SAN head, the two views together give the same.
-    r = normal(f"pub:{tag}.r", golden["train1"].shape).view(2, -1)
+    r = draw(f"pub:{tag}.r", golden["train1"].shape).float().view(2, -1)
     ((logits.fun * r).sum() + (logits.dir * r).sum()).backward()
     assert check_gradients(golden, "train1", head, x) == sum(1 for _ in head.parameters())
     head.zero_grad()
@@ -143,7 +100,7 @@ def test_matches_official(kind, tag):
     else:
         close(logits.fun, golden["train2_fun"])
         close(logits.dir, golden["train2_dir"])
-        r1, r2 = (normal(f"pub:{tag}.{r}", golden["train1"].shape).view(2, -1) for r in ("r1", "r2"))
+        r1, r2 = (draw(f"pub:{tag}.{r}", golden["train1"].shape).float().view(2, -1) for r in ("r1", "r2"))
         ((logits.fun * r1).sum() + (logits.dir * r2).sum()).backward()
         assert check_gradients(golden, "train2", head, x) == sum(1 for _ in head.parameters())
     buffers = dict(head.named_buffers())

@@ -14,11 +14,9 @@ from torch_utils.errors import UserError
 from training import initialization
 from training.config import (
     ConfigError,
-    DiscriminatorConfig,
     GeneratorConfig,
     MappingConfig,
     SynthesisConfig,
-    TrainConfig,
 )
 from training.dataset import open_dataset
 from training.discriminator.feature_network import build_feature_network
@@ -40,29 +38,21 @@ GENERATOR = GeneratorConfig(
     mapping=MappingConfig(z_dim=4, w_dim=8, c_dim=NUM_CLASSES, num_embeddings=ROWS),
     synthesis=SynthesisConfig(img_resolution=16, channel_max=4, num_layers=3, margin_size=2),
 )
-DISCRIMINATOR = DiscriminatorConfig(
-    img_resolution=16,
-    c_dim=NUM_CLASSES,
-    backbones=("tf_efficientnet_lite0",),
-    feature_resolution=32,
-    nominal_resolution=32,
-    projected_channels=8,
-    num_levels=2,
-    head_resolution=4,
-    max_head_channels=8,
-    class_dim=4,
-    num_class_embeddings=ROWS,
-)
 
 
-def make_config(embedding_source: str) -> TrainConfig:
-    return replace(
-        quickstart(), generator=GENERATOR, discriminator=DISCRIMINATOR, embedding_source=embedding_source
-    )
+@pytest.fixture(scope="module")
+def make_config(tiny_discriminator_config):
+    """make_config(embedding_source) -> TrainConfig of the small networks."""
+    discriminator = tiny_discriminator_config(NUM_CLASSES, num_class_embeddings=ROWS)
+    config = replace(quickstart(), generator=GENERATOR, discriminator=discriminator)
+    return lambda embedding_source: replace(config, embedding_source=embedding_source)
 
 
-def make_discriminator(kind: str, cfg: DiscriminatorConfig = DISCRIMINATOR) -> ProjectedDiscriminator:
-    return ProjectedDiscriminator(cfg, kind, pretrained=False)
+@pytest.fixture(scope="module")
+def make_discriminator(make_config):
+    """make_discriminator(kind) -> D with heads of this kind."""
+    cfg = make_config("random").discriminator
+    return lambda kind: ProjectedDiscriminator(cfg, kind, pretrained=False)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +138,7 @@ def test_large_classes_are_sampled(features, tiny_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["san", "gan"])
-def test_rows_from_data_fill_both_networks(kind, features, tiny_folder):
+def test_rows_from_data_fill_both_networks(kind, features, tiny_folder, make_config, make_discriminator):
     dataset = open_dataset(tiny_folder, use_labels=True)
     G, D = Generator(GENERATOR), make_discriminator(kind)
     spare_row = G.mapping.embed.weight[NUM_CLASSES].clone()
@@ -161,7 +151,7 @@ def test_rows_from_data_fill_both_networks(kind, features, tiny_folder):
     assert G.mapping.embed.weight.requires_grad
 
 
-def test_rows_from_a_file(tmp_path):
+def test_rows_from_a_file(tmp_path, make_config, make_discriminator):
     rows = np.random.default_rng(0).standard_normal((NUM_CLASSES, 320)).astype(np.float32)
     np.save(tmp_path / "rows.npy", rows)
     G, D = Generator(GENERATOR), make_discriminator("gan")
@@ -170,7 +160,7 @@ def test_rows_from_a_file(tmp_path):
         np.testing.assert_array_equal(table[:NUM_CLASSES].numpy(), rows)
 
 
-def test_random_rows_and_unconditional_networks_are_left_alone():
+def test_random_rows_and_unconditional_networks_are_left_alone(make_config, make_discriminator):
     G, D = Generator(GENERATOR), make_discriminator("gan")
     before = [G.mapping.embed.weight.clone(), *(table.clone() for table in tables(D))]
     set_class_embeddings_(G, D, make_config("random"), None, CPU)
@@ -180,7 +170,7 @@ def test_random_rows_and_unconditional_networks_are_left_alone():
     assert all(torch.equal(a, b) for a, b in zip([G.mapping.embed.weight, *tables(D)], before, strict=True))
 
 
-def test_a_file_that_does_not_fit_is_refused(tmp_path):
+def test_a_file_that_does_not_fit_is_refused(tmp_path, make_config, make_discriminator):
     np.save(tmp_path / "rows.npy", np.zeros((NUM_CLASSES, 7), dtype=np.float32))
     G, D = Generator(GENERATOR), make_discriminator("san")
     with pytest.raises(UserError, match=r"\(3, 7\) do not fit a table of width 320"):
@@ -193,7 +183,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
 
 
 @pytest.fixture
-def stored(tmp_path):
+def stored(tmp_path, make_config, make_discriminator):
     """(path, G_ema, G, D) of a network file; all four differ."""
     path = tmp_path / "net.safetensors"
     G_ema, G, D = Generator(GENERATOR), Generator(GENERATOR), make_discriminator("san")
@@ -206,7 +196,7 @@ def assert_equal_states(a: dict, b: dict) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_networks_are_ready_for_the_first_step(features, tiny_folder):
+def test_networks_are_ready_for_the_first_step(features, tiny_folder, make_config):
     dataset = open_dataset(tiny_folder, use_labels=True)
     networks, origin = build_networks(make_config("random"), dataset, CPU)
     assert origin == "Networks start from random weights."
@@ -219,7 +209,7 @@ def test_networks_are_ready_for_the_first_step(features, tiny_folder):
     )  # else G's first step would fill gradients
 
 
-def test_every_network_starts_from_its_own_weights(stored, tiny_folder):
+def test_every_network_starts_from_its_own_weights(stored, tiny_folder, make_config):
     path, G_ema, G, D = stored
     config = replace(make_config("checkpoint"), resume=str(path))
     networks, origin = build_networks(config, open_dataset(tiny_folder, use_labels=True), CPU)
@@ -232,7 +222,7 @@ def test_every_network_starts_from_its_own_weights(stored, tiny_folder):
     assert not any(p.requires_grad for p in networks.D.parameters())
 
 
-def test_preview_says_what_a_run_would_take(stored, tiny_folder):
+def test_preview_says_what_a_run_would_take(stored, tiny_folder, make_config):
     config = replace(make_config("checkpoint"), resume=str(stored[0]))
     dataset = open_dataset(tiny_folder, use_labels=True)
     assert build_networks(config, dataset, CPU)[1] == preview_start(config, dataset)
@@ -240,7 +230,7 @@ def test_preview_says_what_a_run_would_take(stored, tiny_folder):
         preview_start(replace(config, frozen_head_blocks=3), dataset)
 
 
-def test_frozen_blocks_are_frozen_from_the_start(stored, tiny_folder):
+def test_frozen_blocks_are_frozen_from_the_start(stored, tiny_folder, make_config):
     config = replace(make_config("checkpoint"), resume=str(stored[0]), frozen_head_blocks=1)
     networks, origin = build_networks(config, open_dataset(tiny_folder, use_labels=True), CPU)
     assert origin.endswith("The first 1 blocks of every head of D stay as they are.")
@@ -250,7 +240,9 @@ def test_frozen_blocks_are_frozen_from_the_start(stored, tiny_folder):
 
 
 @pytest.mark.parametrize("choice", ["auto", "nearest"])
-def test_new_classes_start_from_those_with_the_most_similar_images(features, tiny_folder, tmp_path, choice):
+def test_new_classes_start_from_those_with_the_most_similar_images(
+    features, tiny_folder, tmp_path, choice, make_config
+):
     """A table of raw features, as official files have: each class of the data finds the row of its own images."""
     dataset = open_dataset(tiny_folder, use_labels=True)
     rows = pooled_class_means(dataset, CPU)
@@ -276,7 +268,7 @@ def test_a_set_without_classes_counts_as_one_class(features, tiny_folder):
 
 
 def test_missing_foreign_and_other_files_are_refused_before_anything_is_built(
-    stored, tmp_path, tiny_folder, monkeypatch
+    stored, tmp_path, tiny_folder, monkeypatch, make_config
 ):
     def fail(*_args, **_options):
         raise AssertionError("built")
@@ -286,7 +278,7 @@ def test_missing_foreign_and_other_files_are_refused_before_anything_is_built(
     (tmp_path / "foreign.safetensors").write_bytes(json.dumps({}).encode())
     config = make_config("checkpoint")
     wider = replace(
-        config, discriminator=replace(DISCRIMINATOR, projected_channels=16), resume=str(stored[0])
+        config, discriminator=replace(config.discriminator, projected_channels=16), resume=str(stored[0])
     )
     cases = {
         "does not exist": replace(config, resume=str(tmp_path / "absent.safetensors")),

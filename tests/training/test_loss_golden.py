@@ -7,9 +7,7 @@ our flag, which counts as the published runs do, with N = 8.
 """
 
 import functools
-import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,44 +28,10 @@ from training.train_step import Batch, StepContext, discriminator_step, generato
 DATA = Path(__file__).parents[1] / "data"
 LITE0 = "tf_efficientnet_lite0"
 NUM_WS, IMAGE_SHAPE = 4, (3, 16, 16)
+Fill = Callable[[str, list], dict[str, torch.Tensor]]  # the fixture `filled`
 
 
 # Networks with the golden files' weights.
-
-
-def filled(salt: str, names: list) -> dict[str, torch.Tensor]:
-    """The golden files' weights: normal numbers seeded by name, scaled by kind of tensor."""
-    values = {}
-    for name, shape in names:
-        seed = int.from_bytes(hashlib.sha256(f"{salt}:{name}".encode()).digest()[:8], "little")
-        x = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape)
-        last = name.rsplit(".", 1)[-1]
-        if last in ("running_mean", "bias"):
-            x = 0.1 * x
-        elif last == "running_var":
-            x = 1 + 0.2 * np.abs(x)
-        elif last in ("weight_u", "weight_v"):
-            x = x / np.linalg.norm(x)
-        elif last in ("cls_token", "dist_token", "pos_embed"):
-            x = 0.2 * x
-        elif last == "scale":
-            x = 0.5 + np.abs(x)
-        elif len(shape) == 1:
-            x = 1 + 0.1 * x
-        else:
-            x = x * math.sqrt(2 / np.prod(shape[1:]))
-        values[name] = x.astype(np.float32)
-    for name in [n for n in values if n.endswith("weight_orig")]:
-        stem = name.removesuffix("weight_orig")
-        matrix = values[name].astype(np.float64).reshape(len(values[name]), -1)
-        u = values[stem + "weight_u"].astype(np.float64)
-        for _ in range(10):
-            v = matrix.T @ u
-            v /= np.linalg.norm(v)
-            u = matrix @ v
-            u /= np.linalg.norm(u)
-        values[stem + "weight_u"], values[stem + "weight_v"] = u.astype(np.float32), v.astype(np.float32)
-    return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
 def our_name(name: str) -> str:
@@ -135,7 +99,7 @@ class RecordingStats(StatsCollector):
 class Case:
     """Networks, batch and golden arrays of one case."""
 
-    def __init__(self, kind: str, name: str, is_folded: bool = True) -> None:
+    def __init__(self, kind: str, name: str, filled: Fill, is_folded: bool = True) -> None:
         with np.load(DATA / f"d_loss_{kind}.npz") as data:
             self.all = {key: data[key] for key in data.files}
         self.golden = {k.removeprefix(name + "/"): v for k, v in self.all.items() if k.startswith(name + "/")}
@@ -147,7 +111,9 @@ class Case:
         values = filled(f"pub.{kind}.lossD.{name}", json.loads(str(self.golden["D_names"])))
         self.D = filled_discriminator(self.config, {our_name(n): v for n, v in values.items()}, is_folded)
         self.G = ToyGenerator(self.all, is_conditional)
-        guidance = filled_classifier(self.golden["cls_names"]) if is_conditional else None
+        guidance = None
+        if is_conditional:
+            guidance = make_classifier(filled("pub.cls", json.loads(str(self.golden["cls_names"]))))
         names = ("real_img", "real_ids", "z", "gen_ids")
         self.batch = Batch(*(torch.from_numpy(self.golden[name]) for name in names))
         self.context = StepContext(self.config, ProjectedGANLoss(self.config, guidance), RecordingStats())
@@ -170,9 +136,9 @@ def standing_still(network: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(network.parameters(), lr=0.0)
 
 
-def filled_classifier(names: np.ndarray) -> GuidanceClassifier:
+def make_classifier(values: dict[str, torch.Tensor]) -> GuidanceClassifier:
     model = timm.create_model("deit_tiny_distilled_patch16_224")
-    model.load_state_dict(filled("pub.cls", json.loads(str(names))))
+    model.load_state_dict(values)
     return GuidanceClassifier(model)
 
 
@@ -224,9 +190,9 @@ CASES = [(kind, name) for kind in ("san", "gan") for name in ("uncond", "cond")]
 
 
 @functools.cache
-def steps(kind: str, name: str) -> dict:
+def steps(kind: str, name: str, filled: Fill) -> dict:
     """The case after both steps, what each reported, and the gradients that the generator's step left."""
-    case = Case(kind, name)
+    case = Case(kind, name, filled)
     result = {"case": case, "G": case.run(generator_step, case.G)}
     result["G_gradients"] = {n: p.grad.clone() for n, p in case.G.named_parameters()}
     result["D_gradients_of_G_step"] = [n for n, p in case.D.named_parameters() if p.grad is not None]
@@ -234,8 +200,8 @@ def steps(kind: str, name: str) -> dict:
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_generator_step_matches_official(kind, name):
-    result = steps(kind, name)
+def test_generator_step_matches_official(kind, name, filled):
+    result = steps(kind, name, filled)
     case, golden, stats = result["case"], result["case"].golden, result["G"]
     N = case.num_samples
     check(torch.cat(stats["Loss/scores/fake"]), golden["Gmain/Loss/scores/fake"])
@@ -249,8 +215,8 @@ def test_generator_step_matches_official(kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_discriminator_step_matches_official(kind, name):
-    result = steps(kind, name)
+def test_discriminator_step_matches_official(kind, name, filled):
+    result = steps(kind, name, filled)
     case, golden, stats = result["case"], result["case"].golden, result["D"]
     N = case.num_samples
     check(torch.cat(stats["Loss/scores/fake"]), golden["Dmain/Loss/scores/fake"])
@@ -277,8 +243,8 @@ def official_gradients(golden: dict) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["uncond", "cond"])
-def test_directions_after_the_step_match_official(name):
-    case = steps("san", name)["case"]
+def test_directions_after_the_step_match_official(name, filled):
+    case = steps("san", name, filled)["case"]
     last = case.D.heads[LITE0][0].last
     if name == "cond":
         rows = torch.from_numpy(case.golden["normalized_weight_disc0"])
@@ -320,16 +286,16 @@ def test_path_length_matches_official(path_length):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_gradients_differ_at_corners_only(kind, name):
+def test_gradients_differ_at_corners_only(kind, name, filled):
     """Moving a few activations that lie within rounding of a corner across it gives the official gradients."""
-    case = Case(kind, name, is_folded=False)
+    case = Case(kind, name, filled, is_folded=False)
     golden, labels = case.golden, case.batch.fake_labels
     corners = Corners(case.D)
     images = case.G.synthesis(case.G.mapping(case.batch.z, labels))
     loss = case.context.loss
     arguments = (labels, case.context.cur_nimg, case.context.stats)
     parts = {f"Gmain/grad_G/{n}": p for n, p in case.G.named_parameters()}
-    corners.explain(case, parts, loss.generator_loss(case.D, images, *arguments))
+    corners.explain(case, parts, loss.generator_loss(case.D, images, case.batch, *arguments[1:]))
 
     case.D.set_trainable_(True)
     fake = loss.fake_loss(case.D, images.detach(), *arguments)

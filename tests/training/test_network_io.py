@@ -19,10 +19,7 @@ from training import network_io
 from training.config import (
     DataConfig,
     DiscriminatorConfig,
-    GeneratorConfig,
-    MappingConfig,
     OptimizerConfig,
-    SynthesisConfig,
     TrainConfig,
 )
 from training.generator.generator import Generator
@@ -33,18 +30,17 @@ DATA = Path(__file__).parents[1] / "data"
 INFO = {"cur_nimg": 1200, "class_names": ["cat", "dog"], "metrics": {"fd_lite0": 12.5}}
 
 
-def generator_config(c_dim=2, use_radial_filters=False):
-    mapping = MappingConfig(z_dim=4, w_dim=8, c_dim=c_dim, num_embeddings=2, embedding_dim=6)
-    synthesis = SynthesisConfig(
-        img_resolution=16, channel_max=6, num_layers=4, margin_size=2, use_radial_filters=use_radial_filters
-    )
-    return GeneratorConfig(mapping=mapping, synthesis=synthesis)
+@pytest.fixture
+def generator_config(tiny_generator_config):
+    """Of two classes."""
+    return tiny_generator_config(c_dim=2)
 
 
-def train_config():
+@pytest.fixture
+def train_config(generator_config):
     return TrainConfig(
         data=DataConfig(path="digits"),
-        generator=generator_config(),
+        generator=generator_config,
         discriminator=DiscriminatorConfig(img_resolution=16),
         generator_optimizer=OptimizerConfig(lr=0.1),
         discriminator_optimizer=OptimizerConfig(lr=0.2),
@@ -55,8 +51,8 @@ def train_config():
 
 
 @pytest.fixture(name="G")
-def generator():
-    G = Generator(generator_config())
+def generator(generator_config):
+    G = Generator(generator_config)
     G.mapping.w_avg.normal_()
     return G
 
@@ -85,8 +81,8 @@ def assert_same_state(a, b):
 
 @pytest.mark.parametrize("c_dim", [0, 2])
 @pytest.mark.parametrize("use_radial_filters", [False, True])
-def test_loaded_generator_makes_the_same_images(tmp_path, c_dim, use_radial_filters):
-    G = Generator(generator_config(c_dim, use_radial_filters)).eval()
+def test_loaded_generator_makes_the_same_images(tmp_path, c_dim, use_radial_filters, tiny_generator_config):
+    G = Generator(tiny_generator_config(c_dim, use_radial_filters=use_radial_filters)).eval()
     G.mapping.w_avg.normal_()
     save_network(tmp_path / "net.safetensors", G)
     loaded = load_network(tmp_path / "net.safetensors")
@@ -96,26 +92,26 @@ def test_loaded_generator_makes_the_same_images(tmp_path, c_dim, use_radial_filt
         assert torch.equal(G(z, labels, truncation_psi=0.5), loaded(z, labels, truncation_psi=0.5))
 
 
-def test_loaded_generator_is_ready_to_sample(file):
+def test_loaded_generator_is_ready_to_sample(file, generator_config):
     loaded = load_network(file)
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert loaded.cfg == generator_config()
+    assert loaded.cfg == generator_config
 
 
-def test_everything_comes_back(tmp_path, G):
+def test_everything_comes_back(tmp_path, G, generator_config, train_config):
     path = tmp_path / "net.safetensors"
-    trained = Generator(generator_config())
+    trained = Generator(generator_config)
     D_state = {
         "head.weight": torch.randn(3, 4).T,  # not contiguous
         "half": torch.ones(2, dtype=torch.bfloat16),
         "num_batches_tracked": torch.tensor(7),
         "absent": None,
     }
-    save_network(path, G, G=trained, D_state=D_state, config=train_config(), info=INFO)
+    save_network(path, G, G=trained, D_state=D_state, config=train_config, info=INFO)
     stored = read_network(path)
-    assert stored.generator_config == generator_config()
-    assert stored.train_config == train_config()
+    assert stored.generator_config == generator_config
+    assert stored.train_config == train_config
     assert stored.info == INFO
     assert stored.path == path
     for state, module in ((stored.G_ema, G), (stored.G, trained)):
@@ -190,9 +186,9 @@ def test_loads_and_samples_without_timm(file):
     assert result.stdout.strip() == "(2, 3, 16, 16)", result.stderr
 
 
-def test_built_in_network(monkeypatch, file, tmp_path):
+def test_built_in_network(monkeypatch, file, tmp_path, generator_config):
     monkeypatch.setitem(network_io.BUILTIN_NETWORKS, "digits", file)
-    assert load_network("digits").cfg == generator_config()
+    assert load_network("digits").cfg == generator_config
     monkeypatch.setitem(network_io.BUILTIN_NETWORKS, "digits", tmp_path / "absent.safetensors")
     with pytest.raises(NetworkFileError, match="built-in network 'digits' is missing"):
         load_network("digits")
@@ -290,9 +286,9 @@ def test_addresses_must_be_safe_and_allowed(monkeypatch):
             read("https://example.org/net.safetensors", offline=True)
 
 
-def test_the_kind_of_file_is_told_by_its_content(tmp_path, file):
+def test_the_kind_of_file_is_told_by_its_content(tmp_path, file, generator_config):
     renamed = file.rename(tmp_path / "net.pkl")
-    assert load_network(renamed).cfg == generator_config()
+    assert load_network(renamed).cfg == generator_config
     official = tmp_path / "official.safetensors"
     shutil.copy(DATA / "g_snapshot_san_stem.pkl", official)
     assert (
@@ -302,14 +298,14 @@ def test_the_kind_of_file_is_told_by_its_content(tmp_path, file):
     assert read_info(official)["cur_nimg"] == 800000 and read_info(renamed) == INFO
 
 
-def discriminator_without_a_run(path):
-    G, config = Generator(generator_config()), DiscriminatorConfig(img_resolution=16, c_dim=2)
+def discriminator_without_a_run(path, G):
+    config = DiscriminatorConfig(img_resolution=16, c_dim=2)
     save_network(path, G, D_state={"w": torch.ones(1)}, discriminator=(config, "gan"))
     return config
 
 
-def test_a_discriminator_can_be_stored_without_a_run(tmp_path):
-    config = discriminator_without_a_run(tmp_path / "net.safetensors")
+def test_a_discriminator_can_be_stored_without_a_run(tmp_path, G):
+    config = discriminator_without_a_run(tmp_path / "net.safetensors", G)
     stored = read_network(tmp_path / "net.safetensors")
     assert (stored.discriminator_config, stored.head_kind) == (config, "gan")
     assert stored.train_config is None
@@ -329,9 +325,9 @@ def test_a_discriminator_can_be_stored_without_a_run(tmp_path):
         {"info": "[1]"},
     ],
 )
-def test_malformed_metadata_is_refused_in_one_line(tmp_path, metadata):
+def test_malformed_metadata_is_refused_in_one_line(tmp_path, metadata, generator_config):
     path = tmp_path / "net.safetensors"
-    save_network(path, Generator(generator_config()), D_state={"w": torch.ones(1)})
+    save_network(path, Generator(generator_config), D_state={"w": torch.ones(1)})
     rewrite(path, **metadata)
     with pytest.raises(NetworkFileError, match=re.escape(str(path))) as error:
         read_network(path)

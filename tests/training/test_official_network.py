@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -32,31 +31,17 @@ SNAPSHOTS = ("xl_stem", "san_stem", "xl_superres", "san_superres")
 DEIT, LITE0 = "deit_tiny_distilled_patch16_224", "tf_efficientnet_lite0"
 
 
-# Weights of the golden files: a rule instead of numbers.
+@pytest.fixture(scope="module")
+def rule_filled(generator_fill):
+    """rule_filled(name, shape, salt) -> float32 value of a tensor in golden snapshots; None for the derived ones."""
 
+    def fill(name: str, shape: tuple[int, ...], salt: str) -> torch.Tensor | None:
+        if name.endswith("magnitude_ema"):
+            return torch.ones(())
+        value = generator_fill(name, shape, salt)
+        return None if value is None else value.float()
 
-def rule_filled(name: str, shape: tuple[int, ...], salt: str) -> torch.Tensor | None:
-    """The value of a tensor by the rule that the golden snapshots were filled with; None for the derived ones."""
-    last = name.rsplit(".", 1)[-1]
-    if last == "magnitude_ema":
-        return torch.ones(())
-    if last in ("transform", "up_filter", "down_filter"):
-        return None
-    seed = int.from_bytes(hashlib.sha256((salt + name).encode()).digest()[:8], "little")
-    n = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape)
-    is_mapping_layer = name.startswith("mapping.fc")
-    scale, offset = 1.0, 0.0
-    if is_mapping_layer:
-        scale = 10.0 if last == "bias" else 100.0
-    elif name == "mapping.w_avg":
-        scale = 0.5
-    elif name.startswith("synthesis.input.affine."):
-        scale, offset = (0.1, np.array([1, 0, 0, 0])) if last == "bias" else (0.3, 0.0)
-    elif last == "phases":
-        scale = 0.3
-    elif last == "bias":
-        scale, offset = 0.1, float(name.endswith(".affine.bias"))
-    return torch.from_numpy(np.asarray(n * scale + offset).astype(np.float32))
+    return fill
 
 
 def golden(name: str) -> tuple[dict, dict]:
@@ -91,7 +76,7 @@ def test_golden_snapshots_make_the_official_images(name):
 
 
 @pytest.mark.parametrize("name", SNAPSHOTS)
-def test_golden_weights_are_read_exactly(name):
+def test_golden_weights_are_read_exactly(name, rule_filled):
     _, meta = golden(name)
     stored = read_network(DATA / f"g_snapshot_{name}.pkl")
     for prefix, state in (("G/", stored.G), ("Gema/", stored.G_ema)):
@@ -188,7 +173,7 @@ def test_snapshots_of_every_protocol(tmp_path, official, protocol):
     assert_same_images(G, load_network(path))
 
 
-def test_a_true_size_class_table(tmp_path, official):
+def test_a_true_size_class_table(tmp_path, official, rule_filled):
     """Official weights by rule and official images, in a file written here: 2.6 MB for a table need not be stored."""
     arrays, meta = golden("xl_stem_full")
     config = tiny_config(c_dim=10, margin_size=10, channel_base=96, channel_max=16)

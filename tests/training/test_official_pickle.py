@@ -17,8 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_utils.errors import UserError
-from training.network_io import read_network
 from training.official_globals import is_known
 from training.official_pickle import InertModule, load_official_pickle
 
@@ -38,20 +36,6 @@ class Call:
             if self.state is None
             else (self.function, self.arguments, self.state)
         )
-
-
-def refused(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        read_network(path)
-    message = str(caught.value)
-    assert str(path) in message and "\n" not in message and len(message) < 500
-    return message
-
-
-def written(tmp_path: Path, data: bytes) -> Path:
-    path = tmp_path / "net.pkl"
-    path.write_bytes(data)
-    return path
 
 
 def text(value: str) -> bytes:
@@ -103,7 +87,7 @@ def body(*parts: bytes) -> bytes:
         ("timm", "os.system"),
     ],
 )
-def test_foreign_names_are_refused(tmp_path, module, name):
+def test_foreign_names_are_refused(module, name, written, refused):
     for data in (
         body(named(module, name), b")R"),
         b"\x80\x02c" + f"{module}\n{name}\n)R.".encode(),
@@ -111,12 +95,12 @@ def test_foreign_names_are_refused(tmp_path, module, name):
         body(named("torch.nn", "Module"), b")\x81}", text("x"), named(module, name), b"sb"),
     ):
         module_name = "builtins" if module == "__builtin__" else module
-        assert f"refused the global {module_name}.{name}" in refused(written(tmp_path, data))
+        assert f"refused the global {module_name}.{name}" in refused(written(data))
 
 
-def test_long_names_from_a_file_make_short_messages(tmp_path):
+def test_long_names_from_a_file_make_short_messages(written, refused):
     name = "a\nb\x1b[31m" * 1000
-    assert "a b" in refused(written(tmp_path, body(named("os", name), b")R")))
+    assert "a b" in refused(written(body(named("os", name), b")R")))
 
 
 def test_what_snapshots_name_becomes_a_stand_in():
@@ -130,13 +114,13 @@ def test_what_snapshots_name_becomes_a_stand_in():
     assert type(model.state["forward_flex"]) is InertModule
 
 
-def test_stand_ins_accept_whatever_a_pickle_does_to_them(tmp_path):
+def test_stand_ins_accept_whatever_a_pickle_does_to_them(written):
     thing = named("timm.models", "Thing")
     data = body(
         thing, b")\x81", b"(K\x01K\x02u", b"(K\x01K\x02e", b"K\x01a", b"K\x01K\x02s", b"}", text("a"), b"K\x01sb",
         thing, b")", b"}\x92", b")R", thing, b"\x87"
     )  # fmt: skip
-    first, second, third = load_official_pickle(written(tmp_path, data))
+    first, second, third = load_official_pickle(written(data))
     assert first.state == {"a": 1} and first.name == "timm.models.Thing"
     assert type(second) is InertModule and third.name == "timm.models.Thing"
 
@@ -190,12 +174,12 @@ def zip_storage(content: object) -> bytes:
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("name", hostile("true"))
-def test_nothing_is_executed(tmp_path, target, name, protocol):
+def test_nothing_is_executed(target, name, protocol, written, refused):
     try:
         data = pickle.dumps(hostile(f"touch {target}")[name], protocol=protocol)
     except (pickle.PicklingError, AttributeError):
         pytest.skip("Python itself cannot write this one")
-    refused(written(tmp_path, data))
+    refused(written(data))
     assert not target.exists()
 
 
@@ -205,7 +189,7 @@ def test_the_hostile_command_would_work_elsewhere(target):
     assert target.exists()
 
 
-def test_dill_code_objects_are_not_made(tmp_path, target):
+def test_dill_code_objects_are_not_made(tmp_path, target, written, refused):
     """As dill writes a function: code object, its globals, and a call of the result."""
     source = f"import os; os.system('touch {target}')"
     code = compile(source, "x", "exec")
@@ -215,7 +199,7 @@ def test_dill_code_objects_are_not_made(tmp_path, target):
     create_code += code.co_code + b"tR"
     function = named("dill._dill", "_create_function") + b"(" + create_code + b"}Nt" + b"R"
     data = body(b"}", text("G_ema"), function, b")R", b"s")
-    content = load_official_pickle(written(tmp_path, data))
+    content = load_official_pickle(written(data))
     assert content["G_ema"].name == "result"
     refused(tmp_path / "net.pkl")
     assert not target.exists()
@@ -238,15 +222,15 @@ def test_the_golden_file_names_no_class_of_this_process(monkeypatch):
 
 
 @pytest.mark.parametrize("value", [b"]", b")", b"K\x01", b"C\x01a", text("a"), b"N"])
-def test_only_stand_ins_take_a_state(tmp_path, value):
-    message = refused(written(tmp_path, body(value, b"}b")))
+def test_only_stand_ins_take_a_state(value, written, refused):
+    message = refused(written(body(value, b"}b")))
     assert "tries to alter a" in message
 
 
-def test_the_reader_cannot_be_altered(tmp_path):
+def test_the_reader_cannot_be_altered(written, refused):
     for name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
         data = body(named("torch._utils", name), b"N}", text("rebuild"), b"K\x01s\x86b")
-        assert "alter a function of the reader" in refused(written(tmp_path, data))
+        assert "alter a function of the reader" in refused(written(data))
 
 
 def test_what_a_real_snapshot_names_is_known():

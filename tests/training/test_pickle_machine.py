@@ -28,20 +28,6 @@ ROOT = Path(__file__).parents[2]
 SNAPSHOT = ROOT / "tests" / "data" / "g_snapshot_san_stem.pkl"
 
 
-def refused(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        read_network(path)
-    message = str(caught.value)
-    assert str(path) in message and "\n" not in message and len(message) < 500
-    return message
-
-
-def written(tmp_path: Path, data: bytes) -> Path:
-    path = tmp_path / "net.pkl"
-    path.write_bytes(data)
-    return path
-
-
 def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
@@ -57,43 +43,43 @@ def body(*parts: bytes) -> bytes:
 # Values.
 
 
-def test_numpy_values_are_rebuilt(tmp_path):
+def test_numpy_values_are_rebuilt(written):
     arrays = [np.arange(6).reshape(2, 3), np.asfortranarray(np.ones((2, 3), ">f4")), np.array([True, False])]
     numbers = [np.float64(0.1), np.int16(-3), np.bool_(True), np.float32(0.5)]
-    path = written(tmp_path, pickle.dumps((arrays, numbers), protocol=4))
+    path = written(pickle.dumps((arrays, numbers), protocol=4))
     found, scalars = load_official_pickle(path)
     for array, value in zip(arrays, found, strict=True):
         assert np.array_equal(numpy_array(value), array)
     assert scalars == [0.1, -3, True, 0.5] and [type(x) for x in scalars] == [float, int, bool, float]
 
 
-def test_object_arrays_are_not_rebuilt(tmp_path):
-    path = written(tmp_path, pickle.dumps(np.array([{"a": 1}, None], dtype=object), protocol=4))
+def test_object_arrays_are_not_rebuilt(written):
+    path = written(pickle.dumps(np.array([{"a": 1}, None], dtype=object), protocol=4))
     assert numpy_array(load_official_pickle(path)) is None
 
 
-def test_an_array_must_fit_its_bytes(tmp_path):
+def test_an_array_must_fit_its_bytes(written):
     data = pickle.dumps(np.arange(6.0), protocol=4).replace(b"K\x06\x85", b"K\x07\x85")
     with pytest.raises(Exception, match="an array of 7 numbers in 48 bytes"):
-        numpy_array(load_official_pickle(written(tmp_path, data)))
+        numpy_array(load_official_pickle(written(data)))
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 )
-def test_tensors_of_every_type(tmp_path, dtype):
+def test_tensors_of_every_type(dtype, written):
     tensors = [
         torch.tensor([[1, 0], [0, 1]]).to(dtype),
         torch.zeros(0, dtype=dtype),
         torch.ones((), dtype=dtype),
     ]
-    path = written(tmp_path, pickle.dumps([*tensors, torch.nn.Parameter(torch.ones(2))], protocol=4))
+    path = written(pickle.dumps([*tensors, torch.nn.Parameter(torch.ones(2))], protocol=4))
     for tensor, value in zip(tensors, load_official_pickle(path), strict=False):
         assert value.dtype == dtype and torch.equal(value, tensor)
 
 
-def test_tensors_are_views_that_do_not_write_to_the_file(tmp_path):
-    path = written(tmp_path, pickle.dumps(torch.zeros(4), protocol=4))
+def test_tensors_are_views_that_do_not_write_to_the_file(written):
+    path = written(pickle.dumps(torch.zeros(4), protocol=4))
     before = path.read_bytes()
     load_official_pickle(path).fill_(7.0)
     assert path.read_bytes() == before
@@ -156,9 +142,9 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_files_are_refused_in_one_line(tmp_path, name):
+def test_damaged_files_are_refused_in_one_line(name, written):
     data, reason = DAMAGED[name]
-    path = written(tmp_path, data)
+    path = written(data)
     with pytest.raises(UserError) as caught:
         content = load_official_pickle(path)
         if reason == "no network G_ema":
@@ -168,15 +154,15 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_keys_that_collide_do_not_take_for_ever(tmp_path):
+def test_keys_that_collide_do_not_take_for_ever(written):
     prime = (1 << 61) - 1  # integers that differ by this have the same hash
     items = b"".join(
         b"\x8a\x0b" + (k * prime << 8).to_bytes(11, "little") + b"K\x01" for k in range(1, 50000)
     )
-    assert load_official_pickle(written(tmp_path, body(b"}(", items, b"u"))) == {}
+    assert load_official_pickle(written(body(b"}(", items, b"u"))) == {}
 
 
-def test_deep_nesting_is_no_recursion(tmp_path):
+def test_deep_nesting_is_no_recursion(written, refused):
     depth = MAX_OPERATIONS // 8
     thing = named("timm", "Thing")
     for data in (
@@ -185,23 +171,23 @@ def test_deep_nesting_is_no_recursion(tmp_path):
         body(b"".join([b"}", text("a")]) * (depth // 4), b"N", b"s" * (depth // 4)),
         body(thing, b"q\x00", b"0", b"h\x00)\x81" * (depth // 2), b"b" * (depth // 2 - 1)),
     ):
-        refused(written(tmp_path, data))
+        refused(written(data))
 
 
-def test_nested_storages_are_not_opened(tmp_path):
+def test_nested_storages_are_not_opened(written, refused):
     data = b""
     for _ in range(300):
         inner = (
             named("torch.storage", "_load_from_bytes") + b"B" + struct.pack("<I", len(data)) + data + b"\x85R"
         )
         data = body(inner)
-    assert "storage" in refused(written(tmp_path, data))
+    assert "storage" in refused(written(data))
 
 
 @pytest.mark.parametrize("cut", [0.001, 0.1, 0.5, 0.9, 0.999])
-def test_truncated_snapshots(tmp_path, cut):
+def test_truncated_snapshots(cut, written, refused):
     data = SNAPSHOT.read_bytes()
-    refused(written(tmp_path, data[: int(cut * len(data))]))
+    refused(written(data[: int(cut * len(data))]))
 
 
 def mutant(data: bytes, seed: int) -> bytes:
@@ -226,13 +212,13 @@ def mutant(data: bytes, seed: int) -> bytes:
 
 
 @pytest.mark.parametrize("first_seed", range(0, 100, 20))
-def test_mutated_snapshots_execute_nothing_and_fail_in_one_line(tmp_path, monkeypatch, first_seed):
+def test_mutated_snapshots_execute_nothing_and_fail_in_one_line(monkeypatch, first_seed, written):
     monkeypatch.setattr(os, "system", lambda command: pytest.fail("a mutant ran a command"))
     data = SNAPSHOT.read_bytes()
     num_refused = 0
     for seed in range(first_seed, first_seed + 20):
         try:
-            stored = read_network(written(tmp_path, mutant(data, seed)))
+            stored = read_network(written(mutant(data, seed)))
             assert stored.G_ema  # the change hit a number, or a part that is not needed
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 500

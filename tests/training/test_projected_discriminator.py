@@ -2,9 +2,7 @@
 """The whole projected discriminator against the official one, and what is trained, saved, frozen and refused."""
 
 import copy
-import hashlib
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,45 +33,9 @@ SMALL = DiscriminatorConfig(
 )
 
 
-def generator(name: str) -> np.random.Generator:
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    return np.random.Generator(np.random.PCG64(seed))
-
-
-def filled(salt: str, names: list) -> dict[str, torch.Tensor]:
-    values = {}
-    for name, shape in names:
-        x = generator(f"{salt}:{name}").standard_normal(shape)
-        last = name.rsplit(".", 1)[-1]
-        if last in ("running_mean", "bias"):
-            x = 0.1 * x
-        elif last == "running_var":
-            x = 1 + 0.2 * np.abs(x)
-        elif last in ("weight_u", "weight_v"):
-            x = x / np.linalg.norm(x)
-        elif last in ("cls_token", "dist_token", "pos_embed"):
-            x = 0.2 * x
-        elif last == "scale":
-            x = 0.5 + np.abs(x)
-        elif len(shape) == 1:
-            x = 1 + 0.1 * x
-        else:
-            x = x * math.sqrt(2 / np.prod(shape[1:]))
-        values[name] = x.astype(np.float32)
-    for name in [n for n in values if n.endswith("weight_orig")]:
-        stem = name.removesuffix("weight_orig")
-        matrix = values[name].astype(np.float64).reshape(len(values[name]), -1)
-        u = values[stem + "weight_u"].astype(np.float64)
-        for _ in range(10):
-            v = matrix.T @ u
-            v /= np.linalg.norm(v)
-            u = matrix @ v
-            u /= np.linalg.norm(u)
-        values[stem + "weight_u"], values[stem + "weight_v"] = u.astype(np.float32), v.astype(np.float32)
-    return {name: torch.from_numpy(value) for name, value in values.items()}
-
-
-def official_discriminator(kind: str, tag: str, names: list, is_folded: bool) -> ProjectedDiscriminator:
+def official_discriminator(
+    kind: str, tag: str, values: dict[str, torch.Tensor], is_folded: bool
+) -> ProjectedDiscriminator:
     _, conditional, res = tag.split("_")
     cfg = DiscriminatorConfig(
         img_resolution=int(res),
@@ -83,8 +45,8 @@ def official_discriminator(kind: str, tag: str, names: list, is_folded: bool) ->
     )
     D = ProjectedDiscriminator(cfg, kind, pretrained=False)
     D.feature_networks[LITE0] = CNNFeatures(timm.create_model(LITE0, features_only=True))
-    values = {our_name(name): value for name, value in filled(f"pub.{kind}.{tag}", names).items()}
-    missing, unexpected = D.load_state_dict(values, strict=False)
+    state = {our_name(name): value for name, value in values.items()}
+    missing, unexpected = D.load_state_dict(state, strict=False)
     assert not unexpected and all("num_batches_tracked" in name for name in missing)
     if is_folded:
         D.feature_networks[LITE0].fold_batchnorm_()
@@ -105,14 +67,14 @@ def check_list(golden: dict, key: str, values: list[torch.Tensor], rtol: float, 
         )
 
 
-def load_case(kind: str, tag: str, is_folded: bool = True):
-    """(golden arrays of the case, discriminator, images, labels)."""
+def load_case(kind: str, tag: str, filled, uniform, is_folded: bool = True):
+    """(golden arrays of the case, discriminator, images, labels); the fixtures `filled` and `uniform` draw them."""
     with np.load(DATA / f"d_discriminator_{kind}.npz") as data:
         golden = {k.removeprefix(tag + "/"): data[k] for k in data.files if k.startswith(tag + "/")}
-    D = official_discriminator(kind, tag, json.loads(str(golden["names"])), is_folded)
+    values = filled(f"pub.{kind}.{tag}", json.loads(str(golden["names"])))
+    D = official_discriminator(kind, tag, values, is_folded)
     res = int(tag.split("_")[2])
-    x = torch.from_numpy((-1 + 2 * generator(f"pub:{tag}.x").random((2, 3, res, res))).astype(np.float32))
-    return golden, D, x, torch.from_numpy(golden["class_ids"])
+    return golden, D, uniform(f"pub:{tag}.x", (2, 3, res, res)), torch.from_numpy(golden["class_ids"])
 
 
 def sampled(values: torch.Tensor, count: int) -> np.ndarray:
@@ -122,8 +84,8 @@ def sampled(values: torch.Tensor, count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("tag", ["PD_uncond_32", "PD_uncond_256", "PD_cond_32"])
 @pytest.mark.parametrize("kind", ["san", "gan"])
-def test_matches_official(kind, tag):
-    golden, D, x, labels = load_case(kind, tag)
+def test_matches_official(kind, tag, filled, uniform):
+    golden, D, x, labels = load_case(kind, tag, filled, uniform)
     with torch.no_grad():
         logits = D.eval()(x, labels)
         assert list(logits) == [DEIT, LITE0]
@@ -151,9 +113,9 @@ def generator_loss(logits: dict[str, san.SANLogits]) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tag"), [("gan", "PD_uncond_32"), ("san", "PD_cond_32")])
-def test_input_gradient_differs_at_corners_only(kind, tag):
+def test_input_gradient_differs_at_corners_only(kind, tag, filled, uniform):
     """Flipping a few activations that lie within rounding of a corner gives the official gradient."""
-    golden, D, x, labels = load_case(kind, tag, is_folded=False)
+    golden, D, x, labels = load_case(kind, tag, filled, uniform, is_folded=False)
     expected = golden["eval_grad_x__sub"]
     with torch.no_grad():
         for _ in range(2 if kind == "san" else 1):

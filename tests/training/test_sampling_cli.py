@@ -10,9 +10,6 @@ import torch
 
 from torch_utils.download import cached_path
 from torch_utils.errors import UserError
-from training.config import GeneratorConfig, MappingConfig, SynthesisConfig
-from training.generator.generator import Generator
-from training.network_io import save_network
 from training.sampling_cli import (
     check_truncation,
     create_folder,
@@ -26,8 +23,9 @@ NAMES = ["cat", "dog", "Egyptian cat", "great white shark, white shark", "7", "C
 
 
 @pytest.fixture(scope="module", name="network")
-def network_with_names(tmp_path_factory):
-    return write_network(tmp_path_factory.mktemp("names") / "net.safetensors", {"class_names": NAMES})
+def network_with_names(tmp_path_factory, write_network):
+    path = tmp_path_factory.mktemp("names") / "net.safetensors"
+    return write_network(path, c_dim=6, info={"class_names": NAMES})
 
 
 @pytest.fixture(name="cache")
@@ -38,13 +36,6 @@ def cached_centroids(tmp_path, monkeypatch):
     cached_path(url).parent.mkdir(parents=True)
     np.save(cached_path(url), np.ones((2, 8), np.float32))
     return url
-
-
-def write_network(path, info):
-    mapping = MappingConfig(z_dim=4, w_dim=8, c_dim=6, num_embeddings=6, embedding_dim=6)
-    synthesis = SynthesisConfig(img_resolution=16, channel_max=6, num_layers=4, margin_size=2)
-    save_network(path, Generator(GeneratorConfig(mapping=mapping, synthesis=synthesis)), info=info)
-    return str(path)
 
 
 def test_indices_need_no_file():
@@ -92,8 +83,8 @@ def test_classes_that_do_not_exist(network, text, message):
         parse_classes(text, 6, network)
 
 
-def test_names_for_a_network_without_names(tmp_path):
-    network = write_network(tmp_path / "net.safetensors", None)
+def test_names_for_a_network_without_names(tmp_path, write_network):
+    network = write_network(tmp_path / "net.safetensors", c_dim=6)
     with pytest.raises(UserError, match=r"class 'dog' is no index, and .* has no class names; .* 0 to 5"):
         parse_classes("0,dog", 6, network)
 

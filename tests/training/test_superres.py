@@ -15,12 +15,12 @@ import torch
 from torch_utils.errors import UserError
 from training.config import (
     ConfigError,
-    DiscriminatorConfig,
     GeneratorConfig,
     LossConfig,
     MappingConfig,
     SuperresConfig,
     SynthesisConfig,
+    TrainConfig,
 )
 from training.dataset import open_dataset
 from training.generator.generator import Generator
@@ -47,19 +47,6 @@ STEM = GeneratorConfig(
 )
 STAGE = replace(STEM, superres=(SuperresConfig(up_factor=2, head_layers=4),))
 BELOW = ("mapping.", "synthesis.input.", "synthesis.L0_", "synthesis.L1_", "synthesis.L2_")
-DISCRIMINATOR = DiscriminatorConfig(
-    img_resolution=16,
-    c_dim=3,
-    backbones=("tf_efficientnet_lite0",),
-    feature_resolution=32,
-    nominal_resolution=32,
-    projected_channels=8,
-    num_levels=2,
-    head_resolution=4,
-    max_head_channels=8,
-    class_dim=4,
-    num_class_embeddings=4,
-)
 
 
 def build(cfg: GeneratorConfig, seed: int) -> Generator:
@@ -92,20 +79,26 @@ def stem_file(tmp_path):
     return path
 
 
-def make_config(stem_file: Path, **changes):
-    return replace(
-        quickstart(),
-        generator=STAGE,
-        discriminator=DISCRIMINATOR,
-        loss_terms=LossConfig(pl_weight=0.0, blur_init_sigma_px=0.0),
-        path_stem=str(stem_file),
-        embedding_source="stem",
-        batch_size=6,
-        microbatch_size=3,
-        metrics=(),
-        evaluate_at_start=False,
-        **changes,
-    )
+@pytest.fixture
+def make_config(tiny_discriminator_config):
+    """make_config(stem_file, **changes) -> TrainConfig of a stage on it."""
+
+    def make(stem_file: Path, **changes) -> TrainConfig:
+        return replace(
+            quickstart(),
+            generator=STAGE,
+            discriminator=tiny_discriminator_config(3),
+            loss_terms=LossConfig(pl_weight=0.0, blur_init_sigma_px=0.0),
+            path_stem=str(stem_file),
+            embedding_source="stem",
+            batch_size=6,
+            microbatch_size=3,
+            metrics=(),
+            evaluate_at_start=False,
+            **changes,
+        )
+
+    return make
 
 
 @pytest.fixture
@@ -137,7 +130,9 @@ def test_parameters_that_train_are_the_official_ones():
 
 
 @pytest.mark.parametrize("trains_stem_input", [False, True])
-def test_steps_move_the_head_and_leave_the_stem_bit_for_bit(stem_file, dataset, tmp_path, trains_stem_input):
+def test_steps_move_the_head_and_leave_the_stem_bit_for_bit(
+    stem_file, dataset, tmp_path, trains_stem_input, make_config
+):
     trainer = make_trainer(make_config(stem_file, trains_stem_input=trains_stem_input), dataset, tmp_path)
     trained = {name for name, p in trainer.G.named_parameters() if p.requires_grad}
     below = {name for name, _ in trainer.G.named_parameters() if name.startswith(BELOW)}
@@ -156,7 +151,7 @@ def test_steps_move_the_head_and_leave_the_stem_bit_for_bit(stem_file, dataset, 
     assert all(p.grad is None for p in trainer.G.parameters() if not p.requires_grad)
 
 
-def test_steps_on_a_stem_train_everything(dataset, tmp_path, stem_file):
+def test_steps_on_a_stem_train_everything(dataset, tmp_path, stem_file, make_config):
     stem = replace(STEM, synthesis=replace(STEM.synthesis, img_resolution=16))
     config = replace(make_config(stem_file), generator=stem, path_stem=None, embedding_source="random")
     trainer = make_trainer(config, dataset, tmp_path)
@@ -168,7 +163,7 @@ def test_steps_on_a_stem_train_everything(dataset, tmp_path, stem_file):
 
 @pytest.mark.parametrize("psi", [1.0, 0.6])
 @torch.no_grad()
-def test_a_fresh_stage_equals_its_stem_up_to_the_cut(stem_file, dataset, psi):
+def test_a_fresh_stage_equals_its_stem_up_to_the_cut(stem_file, dataset, psi, make_config):
     networks, origin = build_networks(make_config(stem_file), dataset, CPU)
     assert f"{stem_file}: 3 layers kept" in origin and "5 layers in the head" in origin
     z, c = torch.randn(4, 4), torch.tensor([0, 1, 2, 0])
@@ -204,7 +199,7 @@ def test_stages_on_stages(tmp_path):
     assert G(torch.randn(1, 4), torch.tensor([1])).shape == (1, 3, 64, 64)
 
 
-def test_class_embeddings_come_from_the_stem(stem_file, dataset):
+def test_class_embeddings_come_from_the_stem(stem_file, dataset, make_config):
     config = make_config(stem_file, loss="gan")
     networks, _ = build_networks(config, dataset, CPU)
     expected = build(STEM, seed=1).mapping.embed.weight
@@ -214,7 +209,7 @@ def test_class_embeddings_come_from_the_stem(stem_file, dataset):
         assert torch.equal(table, expected)
 
 
-def test_other_embeddings_are_for_the_discriminator_only(stem_file, dataset, tmp_path):
+def test_other_embeddings_are_for_the_discriminator_only(stem_file, dataset, tmp_path, make_config):
     rows = torch.randn(3, 320)
     np.save(tmp_path / "rows.npy", rows.numpy())
     config = replace(make_config(stem_file, loss="gan"), embedding_source=str(tmp_path / "rows.npy"))
@@ -228,7 +223,7 @@ def test_other_embeddings_are_for_the_discriminator_only(stem_file, dataset, tmp
 
 
 @pytest.mark.parametrize("trains_stem_input", [False, True])
-def test_a_better_stem_replaces_what_is_frozen(stem_file, dataset, tmp_path, trains_stem_input):
+def test_a_better_stem_replaces_what_is_frozen(stem_file, dataset, tmp_path, trains_stem_input, make_config):
     trained = tmp_path / "stage.safetensors"
     save_network(trained, build(STAGE, seed=3), G=build(STAGE, seed=4))
     config = make_config(stem_file, trains_stem_input=trains_stem_input)
@@ -245,7 +240,7 @@ def test_a_better_stem_replaces_what_is_frozen(stem_file, dataset, tmp_path, tra
     assert any(n.startswith("synthesis.input.") for n in names) == trains_stem_input
 
 
-def test_a_stage_of_another_shape_does_not_resume(stem_file, dataset, tmp_path):
+def test_a_stage_of_another_shape_does_not_resume(stem_file, dataset, tmp_path, make_config):
     other = replace(STEM, superres=(SuperresConfig(up_factor=2, head_layers=5),))
     save_network(tmp_path / "other.safetensors", Generator(other))
     config = make_config(stem_file, resume=str(tmp_path / "other.safetensors"))
@@ -257,7 +252,7 @@ def test_a_stage_of_another_shape_does_not_resume(stem_file, dataset, tmp_path):
 # Refusals.
 
 
-def test_a_stem_that_the_stage_was_not_set_up_for_is_refused(stem_file, tmp_path):
+def test_a_stem_that_the_stage_was_not_set_up_for_is_refused(stem_file, tmp_path, make_config):
     config = make_config(stem_file)
     below = load_stem(config)
     assert not differing(snapshot(below), snapshot(build(STEM, seed=1)))
@@ -269,7 +264,7 @@ def test_a_stem_that_the_stage_was_not_set_up_for_is_refused(stem_file, tmp_path
     load_stem(replace(config, generator=faster))  # precision is no property of the weights
 
 
-def test_contradictions_are_refused(stem_file):
+def test_contradictions_are_refused(stem_file, make_config):
     config = make_config(stem_file)
     config.validate()
     with pytest.raises(ConfigError, match="belongs to a super-resolution stage"):

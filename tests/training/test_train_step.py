@@ -2,6 +2,7 @@
 """The three updates on tiny networks: independent of the micro-batch, each touching its own network, none silent."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,7 @@ from torch import nn
 
 from san.layers import SANLayer
 from torch_utils.stats import StatsCollector
-from training.config import (
-    DiscriminatorConfig,
-    GeneratorConfig,
-    LossConfig,
-    MappingConfig,
-    SynthesisConfig,
-    TrainConfig,
-)
+from training.config import LossConfig, TrainConfig
 from training.discriminator.projected import ProjectedDiscriminator
 from training.generator.generator import Generator
 from training.loss import ProjectedGANLoss
@@ -35,41 +29,30 @@ from training.train_step import (
 NUM_CLASSES, BATCH_SIZE, Z_DIM = 3, 16, 4
 
 
-def tiny_config(
-    loss: str = "san", c_dim: int = NUM_CLASSES, microbatch_size: int = BATCH_SIZE
-) -> TrainConfig:
-    """16x16 images, four layers of six channels; Lite0 on 32x32 with two heads; no augmentation, no blur."""
-    mapping = MappingConfig(z_dim=Z_DIM, w_dim=8, c_dim=c_dim, num_embeddings=max(c_dim, 1), embedding_dim=6)
-    synthesis = SynthesisConfig(img_resolution=16, channel_max=6, num_layers=4, margin_size=2, num_fp16_res=0)
-    discriminator = DiscriminatorConfig(
-        img_resolution=16,
-        c_dim=c_dim,
-        backbones=("tf_efficientnet_lite0",),
-        feature_resolution=32,
-        nominal_resolution=32,
-        projected_channels=8,
-        num_levels=2,
-        head_resolution=4,
-        max_head_channels=16,
-        class_dim=8,
-        num_class_embeddings=max(c_dim, 1),
-        embedding_dim=6,
-        augment_policy="",
-    )
-    return replace(
-        quickstart(),
-        loss=loss,
-        generator=GeneratorConfig(mapping=mapping, synthesis=synthesis),
-        discriminator=discriminator,
-        loss_terms=LossConfig(blur_fade_kimg=0, pl_weight=2.0),
-        batch_size=BATCH_SIZE,
-        microbatch_size=microbatch_size,
-    )
+@pytest.fixture(scope="module")
+def tiny_config(tiny_generator_config, tiny_discriminator_config) -> Callable[..., TrainConfig]:
+    """tiny_config(loss, c_dim, microbatch_size): 16x16 images, Lite0 with two heads; no augmentation, no blur."""
+
+    def make(loss: str = "san", c_dim: int = NUM_CLASSES, microbatch_size: int = BATCH_SIZE) -> TrainConfig:
+        discriminator = tiny_discriminator_config(
+            c_dim, max_head_channels=16, class_dim=8, embedding_dim=6, augment_policy=""
+        )
+        return replace(
+            quickstart(),
+            loss=loss,
+            generator=tiny_generator_config(c_dim, num_fp16_res=0),
+            discriminator=discriminator,
+            loss_terms=LossConfig(blur_fade_kimg=0, pl_weight=2.0),
+            batch_size=BATCH_SIZE,
+            microbatch_size=microbatch_size,
+        )
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def prototypes() -> dict[str, tuple[Generator, ProjectedDiscriminator]]:
-    """G and D for "san" and "gan", their heads' statistics settled; the tests work on copies."""
+def prototypes(tiny_config) -> dict[str, tuple[TrainConfig, Generator, ProjectedDiscriminator]]:
+    """Configuration, G and D for "san" and "gan", their heads' statistics settled; the tests work on copies."""
     made = {}
     for loss in ("san", "gan"):
         torch.manual_seed(1)
@@ -79,7 +62,7 @@ def prototypes() -> dict[str, tuple[Generator, ProjectedDiscriminator]]:
         with torch.no_grad():
             for _ in range(30):
                 D(torch.randn(8, 3, 16, 16), torch.randint(NUM_CLASSES, (8,)))
-        made[loss] = (G, D)
+        made[loss] = (config, G, D)
     return made
 
 
@@ -87,8 +70,9 @@ class Run:
     """Copies of the networks with optimizers, and batches that depend on the iteration only."""
 
     def __init__(self, prototypes: dict, loss: str = "san", microbatch_size: int = BATCH_SIZE) -> None:
-        self.config = tiny_config(loss, microbatch_size=microbatch_size)
-        self.G, self.D = copy.deepcopy(prototypes[loss])
+        config, *networks = prototypes[loss]
+        self.config = replace(config, microbatch_size=microbatch_size)
+        self.G, self.D = copy.deepcopy(networks)
         self.G_optimizer = torch.optim.Adam(self.G.parameters(), lr=0.0025, betas=(0.0, 0.99))
         self.D_optimizer = torch.optim.Adam(self.D.trainable_parameters(), lr=0.002, betas=(0.0, 0.99))
         self.stats = StatsCollector()
@@ -315,7 +299,7 @@ def test_the_first_bad_parameter_is_named(bad, capsys):
 
 
 def test_styles_are_mixed_with_the_given_probability(prototypes):
-    G, batch = prototypes["san"][0], make_batch(0)
+    (_, G, _), batch = prototypes["san"], make_batch(0)
     ws = G.mapping(batch.z, batch.fake_labels)
     state = torch.get_rng_state()
     assert torch.equal(mix_styles(G, batch, 0.0), ws)
@@ -345,7 +329,7 @@ def test_generator_step_mixes_styles_when_asked(prototypes, monkeypatch):
 
 
 @pytest.mark.parametrize("c_dim", [0, NUM_CLASSES])
-def test_path_length_step(c_dim):
+def test_path_length_step(c_dim, tiny_config):
     config = tiny_config(c_dim=c_dim, microbatch_size=8)
     G, stats = Generator(config.generator), StatsCollector()
     optimizer = torch.optim.Adam(G.parameters(), lr=0.0025, betas=(0.0, 0.99))

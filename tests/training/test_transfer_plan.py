@@ -3,6 +3,7 @@
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,11 @@ import torch
 
 from torch_utils.errors import UserError
 from training.config import (
-    DiscriminatorConfig,
     GeneratorConfig,
     MappingConfig,
     SuperresConfig,
     SynthesisConfig,
+    TrainConfig,
 )
 from training.discriminator.projected import ProjectedDiscriminator
 from training.finetune.class_sources import ClassSources, mean_of_all, same_ids
@@ -31,33 +32,23 @@ GENERATOR = GeneratorConfig(
     mapping=MappingConfig(z_dim=4, w_dim=8, c_dim=CLASSES, num_embeddings=ROWS, embedding_dim=12),
     synthesis=SynthesisConfig(img_resolution=16, channel_max=4, num_layers=3, margin_size=2),
 )
-DISCRIMINATOR = DiscriminatorConfig(
-    img_resolution=16,
-    c_dim=CLASSES,
-    backbones=(LITE0,),
-    feature_resolution=32,
-    nominal_resolution=32,
-    projected_channels=8,
-    num_levels=2,
-    head_resolution=4,
-    max_head_channels=8,
-    class_dim=4,
-    num_class_embeddings=ROWS,
-    embedding_dim=12,
-)  # heads of two blocks and of one
 UNCONDITIONAL = "unconditional"
 
 
-def configs(c_dim: int, backbones: tuple[str, ...] = (LITE0,)) -> tuple[GeneratorConfig, DiscriminatorConfig]:
-    rows = max(ROWS, c_dim)
-    mapping = replace(GENERATOR.mapping, c_dim=c_dim, num_embeddings=rows)
-    discriminator = replace(DISCRIMINATOR, c_dim=c_dim, num_class_embeddings=rows, backbones=backbones)
-    return replace(GENERATOR, mapping=mapping), discriminator
+@pytest.fixture(scope="module")
+def run_config(tiny_discriminator_config) -> Callable[..., TrainConfig]:
+    """run_config(c_dim, loss, backbones, **changes): heads of two blocks and of one; three classes, unless told."""
 
+    def make(c_dim: int = CLASSES, loss: str = "san", backbones: tuple[str, ...] = (LITE0,), **changes):
+        rows = max(ROWS, c_dim)
+        mapping = replace(GENERATOR.mapping, c_dim=c_dim, num_embeddings=rows)
+        generator = replace(GENERATOR, mapping=mapping)
+        discriminator = tiny_discriminator_config(
+            c_dim, num_class_embeddings=rows, embedding_dim=12, backbones=backbones
+        )
+        return replace(quickstart(), loss=loss, generator=generator, discriminator=discriminator, **changes)
 
-def run_config(c_dim: int = CLASSES, loss: str = "san", backbones: tuple[str, ...] = (LITE0,), **changes):
-    generator, discriminator = configs(c_dim, backbones)
-    return replace(quickstart(), loss=loss, generator=generator, discriminator=discriminator, **changes)
+    return make
 
 
 def build(config) -> tuple[Generator, ProjectedDiscriminator]:
@@ -118,7 +109,7 @@ def copy_backbone(D: ProjectedDiscriminator, source: ProjectedDiscriminator) -> 
 
 @pytest.mark.parametrize("loss", ["san", "gan"])
 @pytest.mark.parametrize("c_dim", [0, CLASSES])
-def test_a_file_of_the_same_kind_is_loaded_to_the_last_bit(loss, c_dim):
+def test_a_file_of_the_same_kind_is_loaded_to_the_last_bit(loss, c_dim, run_config):
     config = run_config(c_dim, loss)
     checkpoint = Checkpoint(config)
     classes = same_ids(CLASSES, CLASSES) if c_dim else None
@@ -133,7 +124,7 @@ def test_a_file_of_the_same_kind_is_loaded_to_the_last_bit(loss, c_dim):
     )
 
 
-def test_table_of_a_plain_gan_that_becomes_a_san():
+def test_table_of_a_plain_gan_that_becomes_a_san(run_config):
     config = run_config(loss="gan")
     result, *_ = plan(Checkpoint(config, has_G=False).file, run_config(), same_ids(CLASSES, CLASSES))
     assert result.table() == (
@@ -152,7 +143,7 @@ D tf_efficientnet_lite0  last layers             10   1,328  converted  plain to
     )
 
 
-def test_table_counts_every_tensor_of_the_run_once():
+def test_table_counts_every_tensor_of_the_run_once(run_config):
     config = run_config()
     result, G, D = plan(Checkpoint(config).file, config, same_ids(CLASSES, CLASSES))
     state = {**{f"G.{k}": x for k, x in G.state_dict().items()}, **D.trained_state_dict()}
@@ -165,7 +156,7 @@ def test_table_counts_every_tensor_of_the_run_once():
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(("san", "gan"), repeat=2)))
 @pytest.mark.parametrize("c_dim", [0, CLASSES])
-def test_logits_of_the_whole_discriminator_stay(before, after, c_dim):
+def test_logits_of_the_whole_discriminator_stay(before, after, c_dim, run_config):
     checkpoint = Checkpoint(run_config(c_dim, before))
     classes = same_ids(CLASSES, CLASSES) if c_dim else None
     _, _, D = plan(checkpoint.file, run_config(c_dim, after), classes)
@@ -176,7 +167,7 @@ def test_logits_of_the_whole_discriminator_stay(before, after, c_dim):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
-def test_first_images_of_a_run_with_the_same_classes_are_the_files():
+def test_first_images_of_a_run_with_the_same_classes_are_the_files(run_config):
     checkpoint = Checkpoint(run_config(loss="gan"))
     _, G_ema, _ = plan(checkpoint.file, run_config(), same_ids(CLASSES, CLASSES))
     z, c = torch.randn(3, 4), torch.arange(3)
@@ -184,7 +175,7 @@ def test_first_images_of_a_run_with_the_same_classes_are_the_files():
 
 
 @pytest.mark.parametrize("before", ["san", "gan"])
-def test_other_classes_mean_the_same_to_both_networks(before):
+def test_other_classes_mean_the_same_to_both_networks(before, run_config):
     checkpoint = Checkpoint(run_config(loss=before))
     classes = ClassSources(((2,), (0,), (2,), (1,), (0,), (2,)), CLASSES, "as listed")
     result, G_ema, D = plan(checkpoint.file, run_config(6), classes)
@@ -202,7 +193,7 @@ def test_other_classes_mean_the_same_to_both_networks(before):
 
 
 @pytest.mark.parametrize("loss", ["san", "gan"])
-def test_conditional_to_unconditional(loss):
+def test_conditional_to_unconditional(loss, run_config):
     checkpoint = Checkpoint(run_config(loss="gan"))
     result, G_ema, D = plan(checkpoint.file, run_config(0, loss), ClassSources(((1,),), CLASSES, "as listed"))
     changed = actions(result)
@@ -226,7 +217,7 @@ def test_conditional_to_unconditional(loss):
 
 
 @pytest.mark.parametrize("loss", ["san", "gan"])
-def test_unconditional_to_conditional(loss):
+def test_unconditional_to_conditional(loss, run_config):
     checkpoint = Checkpoint(run_config(0, "gan"))
     result, G_ema, D = plan(checkpoint.file, run_config(CLASSES, loss), None)
     assert actions(result) == {
@@ -247,7 +238,7 @@ def test_unconditional_to_conditional(loss):
 # Parts that are missing.
 
 
-def test_a_file_without_discriminator_leaves_it_new():
+def test_a_file_without_discriminator_leaves_it_new(run_config):
     config = run_config(loss="gan")
     checkpoint = Checkpoint(config, has_G=False, has_D=False)
     G, D = build(config)
@@ -264,7 +255,7 @@ def test_a_file_without_discriminator_leaves_it_new():
     assert all(torch.equal(result.G[name], x) for name, x in checkpoint.G_ema.state_dict().items())
 
 
-def test_a_discriminator_that_was_left_out_says_why():
+def test_a_discriminator_that_was_left_out_says_why(run_config):
     config = run_config()
     stored = replace(
         Checkpoint(config, has_D=False).file, info={"discriminator": "left out: D is an Elephant"}
@@ -272,7 +263,7 @@ def test_a_discriminator_that_was_left_out_says_why():
     assert "left out: D is an Elephant" in plan(stored, config, same_ids(CLASSES, CLASSES))[0].table()
 
 
-def test_other_backbones_start_anew_and_shared_ones_stay():
+def test_other_backbones_start_anew_and_shared_ones_stay(run_config):
     small, other = LITE0, "mobilenetv3_small_050"
     checkpoint = Checkpoint(run_config())
     result, *_ = plan(checkpoint.file, run_config(backbones=(other, small)), same_ids(CLASSES, CLASSES))
@@ -284,7 +275,7 @@ def test_other_backbones_start_anew_and_shared_ones_stay():
     assert actions(alone)[f"D {small}: projection and heads"] == "skipped"
 
 
-def test_levels_that_cannot_be_converted_are_named():
+def test_levels_that_cannot_be_converted_are_named(run_config):
     """Without a block there is no BatchNorm to hold the scale: that level alone starts anew."""
     san, gan = run_config(0, "san"), run_config(0, "gan")
     san, gan = (replace(c, discriminator=replace(c.discriminator, head_resolution=8)) for c in (san, gan))
@@ -311,7 +302,7 @@ def test_levels_that_cannot_be_converted_are_named():
         ("synthesis", {"img_resolution": 32}, r"img_resolution=16, this run asks for 32"),
     ],
 )
-def test_another_generator_is_refused(part, changes, message):
+def test_another_generator_is_refused(part, changes, message, run_config):
     stored, config = Checkpoint(run_config()).file, run_config()
     generator = replace(config.generator, **{part: replace(getattr(config.generator, part), **changes)})
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -319,21 +310,21 @@ def test_another_generator_is_refused(part, changes, message):
     assert "net.pkl" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_another_number_of_stages_is_refused():
+def test_another_number_of_stages_is_refused(run_config):
     stored, config = Checkpoint(run_config()).file, run_config()
     stages = (SuperresConfig(up_factor=2, head_layers=3),)
     with pytest.raises(UserError, match="has 0 super-resolution stages, this run asks for 1"):
         plan(stored, replace(config, generator=replace(config.generator, superres=stages)), None)
 
 
-def test_what_no_weight_depends_on_may_differ():
+def test_what_no_weight_depends_on_may_differ(run_config):
     stored, config = Checkpoint(run_config()).file, run_config()
     synthesis = replace(config.generator.synthesis, magnitude_ema_beta=0.5, num_fp16_res=0, conv_clamp=None)
     changed = replace(config, generator=replace(config.generator, synthesis=synthesis))
     assert actions(plan(stored, changed, same_ids(CLASSES, CLASSES))[0]) == {}
 
 
-def test_another_discriminator_is_refused():
+def test_another_discriminator_is_refused(run_config):
     stored, config = Checkpoint(run_config()).file, run_config()
     wider = replace(config, discriminator=replace(config.discriminator, projected_channels=16))
     with pytest.raises(
@@ -342,7 +333,7 @@ def test_another_discriminator_is_refused():
         plan(stored, wider, same_ids(CLASSES, CLASSES))
 
 
-def test_freezing_new_blocks_is_refused():
+def test_freezing_new_blocks_is_refused(run_config):
     classes, config = same_ids(CLASSES, CLASSES), run_config(resume="net.pkl", frozen_head_blocks=1)
     plan(Checkpoint(run_config()).file, config, classes)
     with pytest.raises(UserError, match=f"--freezed 1: net.pkl has no heads for {LITE0}"):
@@ -359,7 +350,7 @@ def test_freezing_new_blocks_is_refused():
         (f"heads.{LITE0}.1.trunk.0.1.bias", CLASSES, f"lacks tensor 'heads.{LITE0}.1.trunk.0.1.bias'"),
     ],
 )
-def test_damaged_files_are_refused(name, c_dim, message):
+def test_damaged_files_are_refused(name, c_dim, message, run_config):
     stored = Checkpoint(run_config(loss="gan")).file
     stored = replace(
         stored,
@@ -371,7 +362,7 @@ def test_damaged_files_are_refused(name, c_dim, message):
     assert "\n" not in str(error.value)
 
 
-def test_misshapen_tensors_are_refused():
+def test_misshapen_tensors_are_refused(run_config):
     stored = Checkpoint(run_config(loss="gan")).file
     stored = replace(stored, G_ema=stored.G_ema | {"mapping.embed_proj.weight": torch.zeros(4, 5)})
     for c_dim in (0, CLASSES):
