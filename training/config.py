@@ -178,8 +178,7 @@ class TrainConfig:
     loss_terms: LossConfig = field(default_factory=LossConfig)  # blur, path length, guidance
     generator_optimizer: OptimizerConfig  # Adam of G
     discriminator_optimizer: OptimizerConfig  # Adam of D
-    # Class embedding rows: "random", "data" (class means), a file, or those of the "stem" or "checkpoint".
-    embedding_source: str = "random"
+    embedding_source: str = "random"  # rows: "random", "data" (class means), a file, "stem", "checkpoint"
     batch_size: int  # images per optimizer step, all processes together
     microbatch_size: int  # images per forward pass of one process
     total_kimg: float = 25000.0  # length of the run, thousands of real images
@@ -193,8 +192,7 @@ class TrainConfig:
     )
     seed: int = 0  # of weights, latents and augmentation
     resume: str | None = None  # network file to start from
-    # With resume, what each class starts from: "same", "names", "nearest", "mean", a list, or a file.
-    classes_from: str = "auto"
+    classes_from: str = "auto"  # with resume: "same", "names", "nearest", "mean", a list, or a file
     frozen_head_blocks: int = 0  # first blocks of every head of D that stay as they are; 0 = none
     path_stem: str | None = None  # network file under the last super-resolution stage; None = trains a stem
     trains_stem_input: bool = (

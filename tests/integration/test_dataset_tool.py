@@ -137,7 +137,11 @@ def test_a_killed_process_leaves_nothing(tmp_path, number, dest):
         str(tmp_path / dest),
     ]
     process = subprocess.Popen(
-        [*command, "--resolution", "1024"], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [*command, "--resolution", "1024"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs inherit "ignore"
     )
     deadline = time.time() + 60
     while not list(tmp_path.glob(f".{dest}.*.tmp")) and time.time() < deadline:
