@@ -4,6 +4,7 @@
 python train.py --loss san --preset quickstart
 python train.py --loss san --cfg stylegan3-t --data my_images.zip --batch 64 --batch-gpu 8
 python train.py --loss san --ladder digits
+python train.py --cfg dcgan --objective wgan_gp --data digits
 """
 
 import os

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from torch_utils.checkpoint import atomic_write
 from torch_utils.errors import UserError
 from training.generator.generator import Generator
+from training.sampling import require_styles
 
 DEFAULT_SAMPLES = 60_000  # style vectors that are clustered
 MAX_ITERATIONS = 300
@@ -40,6 +41,7 @@ def compute_centroids(
     classes: drawn uniformly from these; None = from all of the network's. The same seed gives the same
     centroids. UserError when there are fewer samples than centroids.
     """
+    require_styles(G, "--centroids")
     if num_centroids > num_samples:
         raise UserError(
             f"{num_centroids} centroids cannot be found among {num_samples} samples; ask for fewer, such as 64"

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from training.cli_dcgan import adapt_dcgan, check_objective_flags, check_san_form
 from training.cli_superres import (
     add_stage_of_flags,
     check_stage_flags,
@@ -22,10 +23,11 @@ from training.cli_superres import (
 )
 from training.config import ConfigError, TrainConfig, to_json
 from training.dataset import ImageDataset, open_dataset
+from training.dcgan_config import DCGANGeneratorConfig
 from training.finetune.settings import adapt_embedding, adopt_networks, open_data, recipe_of
 from training.generator.network_plan import plan_network
 from training.network_io import NetworkFile, read_network
-from training.presets import PRESETS, stylegan_xl
+from training.presets import PRESETS, dcgan, stylegan_xl
 from training.sampling import pick_device
 
 NOT_YET = "is not in this version"
@@ -71,7 +73,8 @@ def check_refused(flags: dict[str, Any]) -> None:
     if flags["classes_from"] is not None and flags["resume"] is None:
         raise ConfigError(f"--classes-from {flags['classes_from']} belongs to --resume; add --resume FILE")
     if flags["preset"] is None and (flags["resume"] is None or flags["cfg"] is not None):
-        missing = [f"--{name}" for name in ("cfg", "data", "batch") if flags[name] is None]
+        needed = ("data",) if flags["cfg"] == "dcgan" else ("cfg", "data", "batch")
+        missing = [f"--{name}" for name in needed if flags[name] is None]
         if missing:
             raise ConfigError(
                 f"{', '.join(missing)} missing; give a value, or start from --preset quickstart"
@@ -85,6 +88,7 @@ def check_refused(flags: dict[str, Any]) -> None:
             f"--cfg {flags['cfg']} and --preset {flags['preset']} both choose the layers; give one of them"
         )
     check_stage_flags(flags)
+    check_objective_flags(flags)
 
 
 def num_processes(flags: dict[str, Any]) -> int:
@@ -94,7 +98,7 @@ def num_processes(flags: dict[str, Any]) -> int:
 
 def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
     """The complete configuration for the given flags, and the opened data set. Raises UserError."""
-    stored = None if flags["resume"] is None else read_network(flags["resume"])
+    stored = None if flags["resume"] is None else read_start(flags["resume"])
     config = starting_config(flags, stored)
     config = replace(
         config,
@@ -115,13 +119,19 @@ def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
     else:
         config = adopt_networks(config, stored, flags)
         config, dataset = open_data(config, stored, flags)
-    config = override_networks(adapt_to_data(config, dataset), flags)
+    if config.is_dcgan:
+        config = adapt_dcgan(config, dataset, flags)
+    else:
+        config = override_networks(adapt_to_data(config, dataset), flags)
+        config = override(config, objective=flags["objective"])
     config = override_schedule(config, flags)
     if is_stage_run(flags):
         config = put_on_stem(config, flags, dataset)
     if stored is not None:
         config = adapt_embedding(config, stored, flags)
-    plan_network(config.generator)  # refuses what gives no network
+    if not config.is_dcgan:
+        plan_network(config.generator)  # refuses what gives no network
+    check_san_form(config)
     if config.loss_terms.cls_weight and dataset.c_dim != 1000:
         raise ConfigError(f"--cls_weight needs the 1,000 ImageNet classes; {data.path} has {dataset.c_dim}")
     if config.metrics:
@@ -133,10 +143,20 @@ def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
     return config, dataset
 
 
+def read_start(path: str) -> NetworkFile:
+    """The network to start from. Raises UserError when it cannot be used."""
+    stored = read_network(path)
+    if isinstance(stored.generator_config, DCGANGeneratorConfig):
+        raise ConfigError(f"--resume {path} is a DCGAN: starting from one {NOT_YET}; train it anew")
+    return stored
+
+
 def starting_config(flags: dict[str, Any], stored: NetworkFile | None) -> TrainConfig:
     """What the other flags override: the preset, the paper's defaults, or what goes with the file of --resume."""
     if flags["preset"]:
         return PRESETS[flags["preset"]]()
+    if flags["cfg"] == "dcgan":
+        return dcgan(flags["objective"] or "nonsaturating", data=flags["data"])
     if flags["cfg"] or stored is None:
         return stylegan_xl(flags["cfg"], data=flags["data"])
     return recipe_of(stored, flags)
@@ -240,24 +260,23 @@ def whole_batch(flags: dict[str, Any]) -> int | None:
 
 def rescale_to_batch(config: TrainConfig, batch_size: int) -> TrainConfig:
     """Set the batch size and what StyleGAN-XL derives from it."""
-    synthesis = replace(config.generator.synthesis, magnitude_ema_beta=0.5 ** (batch_size / 20000))
-    return replace(
+    config = replace(
         config,
         batch_size=batch_size,
         ema_halflife_kimg=config.ema_halflife_kimg * batch_size / config.batch_size,
-        generator=replace(config.generator, synthesis=synthesis),
     )
+    if config.is_dcgan:
+        return config
+    synthesis = replace(config.generator.synthesis, magnitude_ema_beta=0.5 ** (batch_size / 20000))
+    return replace(config, generator=replace(config.generator, synthesis=synthesis))
 
 
 def describe_run(flags: dict[str, Any], config: TrainConfig, dataset: ImageDataset) -> str:
     """Name of the run folder after its number: configuration, data, processes, batch."""
-    parts = [
-        config.loss,
-        flags["preset"] or flags["cfg"] or "finetune",
-        dataset.name,
-        f"gpus{num_processes(flags)}",
-    ]
-    parts.append(f"batch{config.batch_size}")
+    parts = [config.loss, flags["preset"] or flags["cfg"] or "finetune"]
+    if config.is_dcgan or flags["objective"]:
+        parts.append(flags["objective"] or config.objective)
+    parts += [dataset.name, f"gpus{num_processes(flags)}", f"batch{config.batch_size}"]
     return "-".join(parts + ([flags["desc"]] if flags["desc"] else []))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import click
 
+from training.cli_dcgan import parse_objective
 from training.ladder import LADDER_NAMES
 from training.presets import PRESETS
 
@@ -41,15 +42,23 @@ GENERAL = [
                  help="Train all stages of a recipe, or those up to the stage of that name, each in OUTDIR/NAME/STAGE; "
                  "run it again to go on where it stopped. --data 'x_{resolution}.zip' names the images of each stage. "
                  f"Names: {', '.join(LADDER_NAMES)}"),
-    click.option("--loss", type=choice("san", "gan"), help="SAN or plain GAN discriminator  [default: san]"),
+    click.option("--loss", type=choice("san", "gan"),
+                 help="SAN or plain GAN discriminator  [default: san; gan where the objective has no SAN form]"),
+    click.option("--objective", metavar="NAME", callback=parse_objective,
+                 help="hinge, saturating (minimax), nonsaturating, soft_least_squares; with --loss gan least_squares; "
+                 "without --cfg dcgan wasserstein. With --cfg dcgan only: wgan, wgan_gp, curriculum, dragan, infogan, "
+                 "relativistic; with --loss gan began. In the Wasserstein losses (wgan, wgan_gp, curriculum) SAN is no "
+                 "other objective: it makes the last layer a unit direction, and keeps penalties off it"
+                 "  [default: hinge; nonsaturating with --cfg dcgan]"),
     click.option("--outdir", metavar="DIR", default="runs", show_default=True, help="Where run folders go"),
     click.option("--data", metavar="ZIP|DIR|digits", help="Training images [required without --preset]"),
     click.option("--device", type=choice("auto", "cpu", "cuda", "mps"), default="auto", show_default=True,
                  help="Where to train"),
-    click.option("--cfg", type=choice("stylegan3-t", "stylegan3-r", "stylegan2", "fastgan"),
-                 help="Base configuration [required without --preset]"),
+    click.option("--cfg", type=choice("stylegan3-t", "stylegan3-r", "dcgan", "stylegan2", "fastgan"),
+                 help="Base configuration; dcgan: small networks, from scratch [required without --preset]"),
     click.option("--gpus", type=POSITIVE, help="Number of processes; this version trains in one  [default: 1]"),
-    click.option("--batch", type=POSITIVE, help="Images per optimizer step [required without --preset]"),
+    click.option("--batch", type=POSITIVE,
+                 help="Images per optimizer step [required without --preset, but with --cfg dcgan that of its paper]"),
     click.option("--batch-gpu", type=POSITIVE, help="Images per forward pass  [default: the whole batch]"),
     click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop; nothing is written"),
 ]  # fmt: skip

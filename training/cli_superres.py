@@ -93,6 +93,10 @@ def put_on_stem(config: TrainConfig, flags: dict[str, Any], dataset: ImageDatase
         return config
     stage = config.generator.superres[-1]
     stem = read_network(config.path_stem).generator_config
+    if not isinstance(stem, GeneratorConfig):
+        raise ConfigError(
+            f"--path_stem {config.path_stem} is a DCGAN, and stages need StyleGAN3's layers; take another"
+        )
     check_data(stem, stage, dataset, config)
     if flags["fp32"]:
         stem = replace(stem, synthesis=replace(stem.synthesis, num_fp16_res=0))

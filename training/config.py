@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every number of a run, as frozen dataclasses that check themselves and read and write JSON.
 
-`presets.py` fills them in, `cli.py` overrides them with flags, `training_options.json` and every network
+`presets/` fills them in, `cli.py` overrides them with flags, `training_options.json` and every network
 file store them. Nothing rescales a value later: what is written here is what the code uses.
 """
 
@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from torch_utils.errors import UserError
+from training.dcgan_config import AutoencoderConfig, DCGANDiscriminatorConfig, DCGANGeneratorConfig
 
 T = TypeVar("T")
 
@@ -93,6 +95,11 @@ class GeneratorConfig:
         """Side of the final images, pixels."""
         return self.synthesis.img_resolution * math.prod(stage.up_factor for stage in self.superres)
 
+    @property
+    def c_dim(self) -> int:
+        """Number of classes; 0 = unconditional."""
+        return self.mapping.c_dim
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
@@ -138,9 +145,25 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Adam, with the values before the correction for lazy regularisation (see `adjusted`)."""
+class CriticConfig:
+    """How `--cfg dcgan` trains D beside its loss: steps, constraints, and what single objectives add."""
 
+    num_steps: int = 1  # updates of D per update of G, each on a batch of its own
+    weight_clip: float = 0.0  # D's weights stay within +- this bound (WGAN); 0 = free
+    penalty: Literal["none", "wgan_gp", "dragan", "r1_r2"] = "none"  # see training/penalties.py
+    penalty_weight: float = 0.0  # of the mean penalty, as its paper writes it (r1_r2: gamma / 2)
+    curriculum_kimg: float = 0.0  # thousands of images until only the strongest critic counts
+    categorical_weight: float = 1.0  # lambda of InfoGAN's categorical code
+    continuous_weight: float = 0.1  # lambda of InfoGAN's continuous codes
+    began_gamma: float = 0.5  # BEGAN's diversity ratio, wanted E[L(G(z))] / E[L(x)]
+    began_k_lr: float = 0.001  # BEGAN's lambda_k, step of its equilibrium k
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam or RMSProp, with the values before the correction for lazy regularisation (see `adjusted`)."""
+
+    kind: Literal["adam", "rmsprop"] = "adam"  # rmsprop decays its one moment by the second beta
     lr: float  # learning rate
     betas: tuple[float, float] = (0.0, 0.99)  # decays of the moments
     eps: float = 1e-8  # added to the denominator
@@ -166,18 +189,23 @@ class DataConfig:
     num_workers: int = 3  # loader processes; 0 = load in the training process
 
 
+AnyGeneratorConfig = GeneratorConfig | DCGANGeneratorConfig
+AnyDiscriminatorConfig = DiscriminatorConfig | DCGANDiscriminatorConfig | AutoencoderConfig
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
     loss: Literal["san", "gan"] = "san"  # SAN heads and objective, or plain ones
-    objective: str = "hinge"  # name in san.losses.OBJECTIVES
+    objective: str = "hinge"  # in san.OBJECTIVES; with --cfg dcgan also in PAIRED_OBJECTIVES, and "began"
     data: DataConfig  # training images
-    generator: GeneratorConfig  # G and G_ema
-    discriminator: DiscriminatorConfig  # D
+    generator: AnyGeneratorConfig  # G and G_ema
+    discriminator: AnyDiscriminatorConfig  # D
     loss_terms: LossConfig = field(default_factory=LossConfig)  # blur, path length, guidance
-    generator_optimizer: OptimizerConfig  # Adam of G
-    discriminator_optimizer: OptimizerConfig  # Adam of D
+    critic: CriticConfig = field(default_factory=CriticConfig)  # steps and constraints of D, with --cfg dcgan
+    generator_optimizer: OptimizerConfig  # of G
+    discriminator_optimizer: OptimizerConfig  # of D
     embedding_source: str = "random"  # rows: "random", "data" (class means), a file, "stem", "checkpoint"
     batch_size: int  # images per optimizer step, all processes together
     microbatch_size: int  # images per forward pass of one process
@@ -205,6 +233,16 @@ class TrainConfig:
         """True in a super-resolution stage on a stem of its own: G is trained in the last stage's layers only."""
         return self.path_stem is not None
 
+    @property
+    def is_dcgan(self) -> bool:
+        """True for the small networks of `--cfg dcgan`, False for StyleGAN-XL's."""
+        return isinstance(self.generator, DCGANGeneratorConfig)
+
+    @property
+    def nimg_per_iteration(self) -> int:
+        """Real images that one iteration takes: a batch for every step of D."""
+        return self.batch_size * self.critic.num_steps
+
     def validate(self, world_size: int = 1) -> None:
         """Raise ConfigError for values that contradict each other."""
         images_per_pass = self.microbatch_size * world_size
@@ -221,7 +259,7 @@ class TrainConfig:
             raise ConfigError(
                 f"--freezed {self.frozen_head_blocks} without --resume would freeze random weights; add --resume FILE"
             )
-        if self.trains_head_only and not self.generator.superres:
+        if self.trains_head_only and (self.is_dcgan or not self.generator.superres):
             raise ConfigError(
                 f"--path_stem {self.path_stem} belongs to a super-resolution stage; add --superres, or leave it out"
             )
@@ -243,7 +281,8 @@ def from_json(cls: type[T], text: str) -> T:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """Rebuild a nested frozen dataclass from plain dicts and lists."""
+    """Rebuild a nested frozen dataclass, or the one of a union that `values["kind"]` names, from dicts and lists."""
+    cls = _pick_member(cls, values)
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
@@ -254,7 +293,8 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     for name, value in values.items():
         hint = hints[name]
         items = typing.get_args(hint)  # of tuple[SuperresConfig, ...]: the dataclass and an ellipsis
-        if dataclasses.is_dataclass(hint):
+        is_union = isinstance(hint, types.UnionType) and dataclasses.is_dataclass(items[0])
+        if is_union or dataclasses.is_dataclass(hint):
             value = from_dict(hint, value)
         elif isinstance(value, list):
             is_nested = bool(items) and dataclasses.is_dataclass(items[0])
@@ -264,3 +304,14 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         return cls(**kwargs)
     except TypeError as error:
         raise ConfigError(f"{cls.__name__}: {error}") from error
+
+
+def _pick_member(hint: Any, values: dict[str, Any]) -> Any:
+    """The dataclass of a union that `values` are for, by its field `kind`; StyleGAN-XL's, the first, has none."""
+    if not isinstance(hint, types.UnionType):
+        return hint
+    kinds = {getattr(member, "kind", None): member for member in typing.get_args(hint)}
+    if (kind := values.get("kind")) not in kinds:
+        known = ", ".join(repr(name) for name in kinds if name is not None)
+        raise ConfigError(f"networks of kind {kind!r} are unknown here; this code knows {known}")
+    return kinds[kind]

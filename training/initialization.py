@@ -13,12 +13,14 @@ from torch import Tensor
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.discriminator.feature_network import build_feature_network
+from training.discriminator.kinds import AnyDiscriminator, new_discriminator
 from training.discriminator.projected import ProjectedDiscriminator
 from training.finetune.class_sources import ClassSources, choose_sources
 from training.finetune.transfer_plan import check_fit, plan_transfer
 from training.finetune.transfer_table import TransferPlan
 from training.generator.class_embedding import load_class_embedding, set_class_embedding_
 from training.generator.generator import Generator
+from training.generator.kinds import AnyGenerator, new_generator
 from training.network_file import NetworkFile
 from training.network_io import read_network
 from training.superres import load_stem, reload_stem_, start_from_stem_
@@ -36,9 +38,9 @@ MAX_IMAGES_PER_CLASS = 200  # enough for a mean; bounds the start-up time of lar
 class Networks:
     """The three networks of a run, on their device."""
 
-    G: Generator
-    D: ProjectedDiscriminator
-    G_ema: Generator  # moving average of G: the one to sample from
+    G: AnyGenerator
+    D: AnyDiscriminator
+    G_ema: AnyGenerator  # moving average of G: the one to sample from
 
 
 def build_networks(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> tuple[Networks, str]:
@@ -47,8 +49,8 @@ def build_networks(config: TrainConfig, dataset: ImageDataset, device: torch.dev
     Raises UserError for weights that cannot be had or do not fit. Writes nothing.
     """
     start = None if config.resume is None else StartingPoint.read(config, dataset, device)
-    G = Generator(config.generator).to(device)
-    D = ProjectedDiscriminator(config.discriminator, head_kind=config.loss).to(device)
+    G = new_generator(config.generator).to(device)
+    D = new_discriminator(config.discriminator, head_kind=config.loss).to(device)
     D.set_trainable_(False)  # only discriminator_step turns gradients on
     set_class_embeddings_(G, D, config, dataset, device)
     networks = Networks(G, D, copy.deepcopy(G).eval().requires_grad_(False))
@@ -74,7 +76,7 @@ def set_class_embeddings_(
     Those of a stem ("stem") and of a network to start from ("checkpoint") come with its weights, later.
     """
     source = config.embedding_source
-    if config.generator.mapping.c_dim == 0 or source in ("random", "stem", "checkpoint"):
+    if config.generator.c_dim == 0 or source in ("random", "stem", "checkpoint"):
         return
     if config.embedding_source == "data":
         rows = class_mean_features(dataset, device)

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
 """From images to scalars: blur, augmentation, discriminator, adversarial objective, guidance, path length.
 
-`ProjectedGANLoss` is the one loss class; plain GAN and SAN objectives go through it and differ in one dictionary
-entry. All terms are means over samples, so their ratio is that of any micro-batch (docs/fidelity.md#loss-scale).
+`ProjectedGANLoss` is StyleGAN-XL's; plain GAN and SAN objectives go through it and differ in one dictionary entry.
+That of the small networks is in `dcgan_loss.py`. All terms are means over samples, so their ratio is that of any
+micro-batch (docs/fidelity.md#loss-scale).
 """
 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ import san
 from torch_utils.pretrained import create_pretrained
 from torch_utils.stats import StatsCollector
 from training.augment import blur, blur_sigma, diff_augment
+from training.batch import Batch
 from training.config import ConfigError, TrainConfig
 
 ADVERSARIAL_TERMS = {
@@ -26,7 +30,26 @@ ADVERSARIAL_TERMS = {
 PAPER_MICROBATCH_SIZE = 8  # published runs sum the adversarial loss over 8 images but average the guidance
 
 
-class ProjectedGANLoss:
+class AdversarialLoss(ABC):
+    """What the training steps ask of a loss. Images: (N, 3, H, W) in [-1, 1]; cur_nimg: real images seen."""
+
+    @abstractmethod
+    def generator_loss(
+        self, D: nn.Module, fake_images: Tensor, batch: Batch, cur_nimg: int, stats: StatsCollector
+    ) -> Tensor:
+        """Loss of G on the images it made of `batch`. Scalar."""
+
+    @abstractmethod
+    def discriminator_losses(
+        self, D: nn.Module, fake_images: Tensor, batch: Batch, cur_nimg: int, stats: StatsCollector
+    ) -> Iterator[Tensor]:
+        """Parts of D's loss, scalars; each has its backward pass before the next is computed."""
+
+    def finish_step_(self, D: nn.Module, stats: StatsCollector) -> None:  # noqa: B027 - most have nothing to do
+        """What follows D's optimizer step."""
+
+
+class ProjectedGANLoss(AdversarialLoss):
     """Losses of G and D for one micro-batch. Holds configuration only; the networks are passed in."""
 
     def __init__(self, config: TrainConfig, guidance: GuidanceClassifier | None = None) -> None:
@@ -52,9 +75,10 @@ class ProjectedGANLoss:
         return D(blur(images, sigma), labels, self.augment)
 
     def generator_loss(
-        self, D: nn.Module, fake_images: Tensor, labels: Tensor | None, cur_nimg: int, stats: StatsCollector
+        self, D: nn.Module, fake_images: Tensor, batch: Batch, cur_nimg: int, stats: StatsCollector
     ) -> Tensor:
         """Adversarial loss of G summed over backbones, plus classifier guidance. Scalar."""
+        labels = batch.fake_labels
         logits = self.run_discriminator(D, fake_images, labels, cur_nimg)
         loss = sum(san.generator_loss(self.objective, backbone) for backbone in logits.values())
         report_logits(stats, "fake", logits)
@@ -64,6 +88,13 @@ class ProjectedGANLoss:
             stats.report("Loss/G/guidance_loss", guidance_loss)
         stats.report("Loss/G/loss", loss)
         return loss
+
+    def discriminator_losses(
+        self, D: nn.Module, fake_images: Tensor, batch: Batch, cur_nimg: int, stats: StatsCollector
+    ) -> Iterator[Tensor]:
+        """Generated and real images apart: heads normalise by batches, and must not see both as one."""
+        yield self.fake_loss(D, fake_images, batch.fake_labels, cur_nimg, stats)
+        yield self.real_loss(D, batch.images, batch.labels, cur_nimg, stats)
 
     def fake_loss(
         self, D: nn.Module, fake_images: Tensor, labels: Tensor | None, cur_nimg: int, stats: StatsCollector

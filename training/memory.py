@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_utils.stats import StatsCollector
+from training.batch import Batch
 from training.config import TrainConfig
 from training.discriminator.projected import ProjectedDiscriminator
 from training.generator.generator import Generator
@@ -105,7 +106,8 @@ def count_activations(
         # One-hot: ids would be checked against their range, which needs values.
         classes = torch.zeros(num_images, c_dim, device=device) if c_dim else None
         images = G.synthesis(G.mapping(z, classes), force_fp32=force_fp32)
-        result = loss.generator_loss(D, images, labels, cur_nimg=0, stats=StatsCollector())
+        batch = Batch(images, labels, z, labels)
+        result = loss.generator_loss(D, images, batch, cur_nimg=0, stats=StatsCollector())
     del result
     return sum(kept.values())
 

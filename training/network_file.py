@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from torch_utils.errors import UserError
-from training.config import DiscriminatorConfig, GeneratorConfig, TrainConfig, from_json
+from training.config import AnyDiscriminatorConfig, AnyGeneratorConfig, TrainConfig, from_json
 
 PARTS = ("G_ema", "G", "D")  # networks in a file
 Parts = Collection[Literal["G_ema", "G", "D"]]
@@ -26,12 +26,12 @@ class NetworkFile:
     """Contents of a network file; tensors float32 on the CPU."""
 
     path: Path  # where it was read from
-    generator_config: GeneratorConfig  # builds G and G_ema
+    generator_config: AnyGeneratorConfig  # builds G and G_ema
     train_config_json: str | None  # of the run that wrote it, as JSON; None = not recorded
     G_ema: dict[str, Tensor]  # averaged generator, the one to sample from
     G: dict[str, Tensor] | None  # generator as trained; None = not in the file
     D: dict[str, Tensor] | None  # trainable part of the discriminator; None = not in the file
-    discriminator_config: DiscriminatorConfig | None  # builds D; None = D is not in the file
+    discriminator_config: AnyDiscriminatorConfig | None  # builds D; None = D is not in the file
     head_kind: Literal["san", "gan"] | None  # of D's heads; None = D is not in the file
     info: dict[str, Any]  # progress and results: "cur_nimg", "class_names", "metrics" when known
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from torch_utils.checkpoint import atomic_write
 from torch_utils.download import fetch, is_url
-from training.config import DiscriminatorConfig, GeneratorConfig, TrainConfig, to_json
-from training.generator.generator import Generator
+from training.config import AnyDiscriminatorConfig, AnyGeneratorConfig, TrainConfig, to_json
+from training.generator.kinds import AnyGenerator, new_generator
 from training.network_file import PARTS, NetworkFile, NetworkFileError, Parts, check_names_and_shapes
 from training.official_network import read_official
 from training.safetensors_file import (
@@ -53,11 +53,11 @@ BUILTIN_NETWORKS = {"digits": PRETRAINED_FOLDER / "digits.safetensors"}  # name 
 
 def save_network(
     path: str | os.PathLike[str],
-    G_ema: Generator,
+    G_ema: AnyGenerator,
     *,
-    G: Generator | None = None,
+    G: AnyGenerator | None = None,
     D_state: Mapping[str, Tensor | None] | None = None,
-    discriminator: tuple[DiscriminatorConfig, Literal["san", "gan"]] | None = None,
+    discriminator: tuple[AnyDiscriminatorConfig, Literal["san", "gan"]] | None = None,
     config: TrainConfig | None = None,
     info: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -90,7 +90,7 @@ def save_network(
 
 def load_network(
     path: str | os.PathLike[str], device: torch.device | str = "cpu", offline: bool = False
-) -> Generator:
+) -> AnyGenerator:
     """G_ema of a network file or of a built-in network, in eval mode, without gradients, on `device`.
 
     path: a .safetensors file, an official .pkl, an https address of either, or a name in BUILTIN_NETWORKS.
@@ -113,13 +113,13 @@ def read_info(path: str | os.PathLike[str], offline: bool = False) -> dict[str, 
     return _read(file, parts=("G_ema",)).info if _is_pickle(file) else read_safetensors_info(file)
 
 
-def build_generator(config: GeneratorConfig, state: Mapping[str, Tensor], path: Path) -> Generator:
+def build_generator(config: AnyGeneratorConfig, state: Mapping[str, Tensor], path: Path) -> AnyGenerator:
     """Generator on the CPU with the weights of `state`, copied; the random state of the caller is left alone.
 
     Nothing is allocated before names and shapes are seen to fit.
     """
     with torch.device("meta"):
-        generator = Generator(config)
+        generator = new_generator(config)
     check_state(generator, state, path)
     generator.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
     return generator

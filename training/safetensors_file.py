@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from training.config import ConfigError, DiscriminatorConfig, GeneratorConfig, from_dict, from_json
+from training.config import AnyDiscriminatorConfig, AnyGeneratorConfig, ConfigError, from_dict, from_json
 from training.network_file import PARTS, NetworkFile, NetworkFileError, Parts
 
 FORMAT = "stylesan-network"
@@ -59,14 +59,14 @@ def is_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and 0 < int.from_bytes(start[:8], "little") <= _MAX_HEADER_BYTES
 
 
-def _generator_config(path: Path, metadata: Mapping[str, str]) -> GeneratorConfig:
+def _generator_config(path: Path, metadata: Mapping[str, str]) -> AnyGeneratorConfig:
     try:
-        return from_json(GeneratorConfig, metadata.get("generator", "{}"))
+        return from_json(AnyGeneratorConfig, metadata.get("generator", "{}"))
     except _HOSTILE_METADATA as error:
         raise NetworkFileError(f"{path}: its generator configuration cannot be used: {error}") from error
 
 
-def _discriminator(path: Path, metadata: Mapping[str, str]) -> tuple[DiscriminatorConfig, Any] | None:
+def _discriminator(path: Path, metadata: Mapping[str, str]) -> tuple[AnyDiscriminatorConfig, Any] | None:
     """Configuration and head kind of D: stored for D alone, or with the run that trained it; None = neither."""
     try:
         if "discriminator" in metadata:
@@ -79,7 +79,7 @@ def _discriminator(path: Path, metadata: Mapping[str, str]) -> tuple[Discriminat
             return None
         if head_kind not in ("san", "gan"):
             raise ValueError("its heads are neither 'san' nor 'gan'")
-        return from_dict(DiscriminatorConfig, values), head_kind
+        return from_dict(AnyDiscriminatorConfig, values), head_kind
     except _HOSTILE_METADATA as error:
         raise NetworkFileError(
             f"{path}: its discriminator configuration cannot be used: {error}; write or download the file again"

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from torch_utils.errors import UserError
-from training.generator.generator import Generator
+from training.generator.dcgan import DCGANGenerator
+from training.generator.kinds import AnyGenerator
 
 LARGEST_SEED = 2**32 - 1  # of NumPy's legacy generator
 MAX_SEEDS = 1_000_000  # in one list; more is a slip of the keyboard that would fill the memory
@@ -51,7 +52,7 @@ def labels_for_seed(seed: int, batch: int, c_dim: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).randint(0, c_dim, size=batch)).long()
 
 
-def seeded_sampler(G: Generator, seed: int, device: torch.device | str) -> Callable[[int], Tensor]:
+def seeded_sampler(G: AnyGenerator, seed: int, device: torch.device | str) -> Callable[[int], Tensor]:
     """Function n -> uint8 (n, 3, H, W): new images per call, classes uniform, reproducible from `seed`.
 
     Feeds the metrics: no truncation, and their rounding. Calls of any sizes continue one stream of latents
@@ -70,13 +71,15 @@ def seeded_sampler(G: Generator, seed: int, device: torch.device | str) -> Calla
 
 @torch.inference_mode()
 def style_vectors(
-    G: Generator, z: Tensor, labels: Tensor | None, truncation: Truncation = NO_TRUNCATION
+    G: AnyGenerator, z: Tensor, labels: Tensor | None, truncation: Truncation = NO_TRUNCATION
 ) -> Tensor:
     """ws, float32 (N, num_ws, w_dim) on the device of G, truncated.
 
     z: (N, z_dim); labels: class ids (N,), None for an unconditional network. Raises UserError for classes
     that do not fit.
     """
+    if truncation.centroids is not None:
+        require_styles(G, "--centroids")
     device = next(G.parameters()).device
     z, labels = z.float().to(device), None if labels is None else labels.to(device)
     if truncation.centroids is None:
@@ -91,8 +94,14 @@ def style_vectors(
     return torch.cat([truncated, ws[:, num_truncated:]], dim=1)
 
 
+def require_styles(G: AnyGenerator, what: str) -> None:
+    """Raise UserError if G has no style vectors, for `what` works on them."""
+    if isinstance(G, DCGANGenerator):
+        raise UserError(f"{what} works on style vectors, and a DCGAN has none; leave it out")
+
+
 def images_for_seed(
-    G: Generator,
+    G: AnyGenerator,
     seed: int,
     batch: int,
     classes: Sequence[int] | None = None,
@@ -112,7 +121,7 @@ def images_for_seed(
 
 
 @torch.inference_mode()
-def draw_images(G: Generator, ws: Tensor) -> Tensor:
+def draw_images(G: AnyGenerator, ws: Tensor) -> Tensor:
     """Images of style vectors (N, num_ws, w_dim), float32 (N, C, H, W) on the CPU, nominally in [-1, 1]."""
     return G.synthesis(ws.to(next(G.parameters()).device)).cpu()
 
@@ -147,11 +156,18 @@ def motion_matrix(translate: tuple[float, float], degrees: float) -> Tensor:
     return torch.tensor([[cos, sin, x], [-sin, cos, y], [0, 0, 1]], dtype=torch.float64)
 
 
-def move_images_(G: Generator, motion: Tensor) -> None:
+def move_images_(G: AnyGenerator, motion: Tensor) -> None:
     """Make G draw every image moved by `motion` (3, 3), see `motion_matrix`.
 
-    The Fourier features are moved, not pixels: what comes in from outside the image is drawn too.
+    The Fourier features are moved, not pixels: what comes in from outside the image is drawn too. UserError for a
+    network without them, unless nothing moves.
     """
+    if isinstance(G, DCGANGenerator):
+        if not torch.equal(motion, torch.eye(3).to(motion)):
+            raise UserError(
+                "--translate and --rotate move StyleGAN3's Fourier features, and a DCGAN has none"
+            )
+        return
     inverse = motion.inverse()  # features are looked up where a point came from
     G.synthesis.input.transform.copy_(inverse.float())
 

@@ -20,7 +20,7 @@ from torch_utils.errors import UserError
 from training.centroids import DEFAULT_SAMPLES, compute_centroids, load_centroids, save_centroids
 from training.generator.generator import Generator
 from training.network_io import load_network, read_info, resolve_path
-from training.sampling import Truncation, parse_seeds, pick_device
+from training.sampling import Truncation, parse_seeds, pick_device, require_styles
 
 POSITIVE = click.IntRange(min=1)
 NETWORK = click.option(
@@ -130,6 +130,8 @@ def read_truncation(
     G: Generator, psi: float, cutoff: int | None, centroids_path: str | None, offline: bool
 ) -> Truncation:
     """Truncation of the flags, after `check_truncation`. UserError for a file without centroids for G."""
+    if psi != 1:
+        require_styles(G, f"--trunc {psi:g}")
     if centroids_path is None:
         return Truncation(psi, cutoff)
     file = fetch(centroids_path, offline=offline) if is_url(centroids_path) else centroids_path

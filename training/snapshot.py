@@ -15,8 +15,8 @@ from torch import Tensor
 
 from training.config import TrainConfig
 from training.dataset import ImageDataset
-from training.discriminator.projected import ProjectedDiscriminator
-from training.generator.generator import Generator
+from training.discriminator.kinds import AnyDiscriminator
+from training.generator.kinds import AnyGenerator
 from training.image_grid import plan_grid, save_image_grid
 from training.network_io import save_network
 from training.run_log import RunLog
@@ -43,14 +43,14 @@ class SampleGrid:
         """Write the real images of the grid."""
         save_image_grid(self.real_images, path, drange=(0, 255), grid_size=self.grid_size)
 
-    def save_fakes(self, path: Path, G_ema: Generator) -> None:
+    def save_fakes(self, path: Path, G_ema: AnyGenerator) -> None:
         """Write what G_ema makes of the grid's latents and labels."""
         save_image_grid(
             torch.cat(list(self._generate(G_ema))), path, drange=(-1, 1), grid_size=self.grid_size
         )
 
     @torch.inference_mode()
-    def _generate(self, G_ema: Generator) -> Iterator[Tensor]:
+    def _generate(self, G_ema: AnyGenerator) -> Iterator[Tensor]:
         for start in range(0, len(self.z), SAMPLING_BATCH_SIZE):
             part = slice(start, start + SAMPLING_BATCH_SIZE)
             yield G_ema(self.z[part], None if self.labels is None else self.labels[part]).cpu()
@@ -67,7 +67,7 @@ class Snapshots:
     device: torch.device
     best_value: float | None = None  # of the first metric; lower is better
 
-    def evaluate(self, G_ema: Generator, cur_nimg: int, snapshot: str) -> dict[str, float]:
+    def evaluate(self, G_ema: AnyGenerator, cur_nimg: int, snapshot: str) -> dict[str, float]:
         """Compute the run's metrics for G_ema and log them. Returns all values by name."""
         values: dict[str, float] = {}
         if not self.config.metrics:
@@ -103,9 +103,9 @@ class Snapshots:
 
     def save(
         self,
-        G: Generator,
-        D: ProjectedDiscriminator,
-        G_ema: Generator,
+        G: AnyGenerator,
+        D: AnyDiscriminator,
+        G_ema: AnyGenerator,
         cur_nimg: int,
         values: dict[str, float],
         pl_mean: float = 0.0,

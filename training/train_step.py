@@ -17,29 +17,22 @@ from torch.optim import Optimizer
 import san
 from torch_utils.distributed import average_gradients_
 from torch_utils.stats import StatsCollector
+from training.batch import Batch
 from training.config import TrainConfig
-from training.discriminator.projected import ProjectedDiscriminator
+from training.discriminator.kinds import AnyDiscriminator
 from training.generator.generator import Generator
-from training.loss import PAPER_MICROBATCH_SIZE, ProjectedGANLoss, path_length_penalty
+from training.generator.kinds import AnyGenerator
+from training.loss import PAPER_MICROBATCH_SIZE, AdversarialLoss, path_length_penalty
 
-
-@dataclass(frozen=True)
-class Batch:
-    """What one update sees: real images (N, 3, H, W) in [-1, 1], latents (N, z_dim), class ids (N,) or None."""
-
-    images: Tensor
-    labels: Tensor | None
-    z: Tensor
-    fake_labels: Tensor | None
-
-    def split(self, microbatch_size: int) -> list[Batch]:
-        """Consecutive parts of `microbatch_size` samples."""
-        parts = []
-        for start in range(0, len(self.z), microbatch_size):
-            part = slice(start, start + microbatch_size)
-            labels, fake_labels = (None if t is None else t[part] for t in (self.labels, self.fake_labels))
-            parts.append(Batch(self.images[part], labels, self.z[part], fake_labels))
-        return parts
+__all__ = [
+    "Batch",
+    "StepContext",
+    "apply_gradients",
+    "discriminator_step",
+    "generator_step",
+    "mix_styles",
+    "path_length_step",
+]
 
 
 @dataclass
@@ -47,21 +40,21 @@ class StepContext:
     """What all steps share: configuration, loss, statistics, and the clock."""
 
     config: TrainConfig
-    loss: ProjectedGANLoss
+    loss: AdversarialLoss
     stats: StatsCollector
     cur_nimg: int = 0  # real images seen before this iteration
     warn: Callable[[str], None] = print  # tells the user about a skipped step
 
 
 def generator_step(
-    G: Generator, D: ProjectedDiscriminator, optimizer: Optimizer, batch: Batch, context: StepContext
+    G: AnyGenerator, D: AnyDiscriminator, optimizer: Optimizer, batch: Batch, context: StepContext
 ) -> None:
     """One update of G; D receives no gradient."""
     optimizer.zero_grad(set_to_none=True)
     microbatches = batch.split(context.config.microbatch_size)
     for mb in microbatches:
         fake_images = G.synthesis(mix_styles(G, mb, context.config.loss_terms.style_mixing_prob))
-        loss = context.loss.generator_loss(D, fake_images, mb.fake_labels, context.cur_nimg, context.stats)
+        loss = context.loss.generator_loss(D, fake_images, mb, context.cur_nimg, context.stats)
         (loss / len(microbatches)).backward()
     apply_gradients(G, optimizer, context)
 
@@ -89,9 +82,9 @@ def path_length_step(
 
 
 def discriminator_step(
-    G: Generator, D: ProjectedDiscriminator, optimizer: Optimizer, batch: Batch, context: StepContext
+    G: AnyGenerator, D: AnyDiscriminator, optimizer: Optimizer, batch: Batch, context: StepContext
 ) -> None:
-    """One update of D's heads; G receives no gradient, but its running mean of w moves.
+    """One update of what is trained in D; G receives no gradient, but its running mean of w moves.
 
     Fake and real images pass D apart: its BatchNorm layers must not see them as one batch, or D wins at once.
     """
@@ -102,17 +95,18 @@ def discriminator_step(
         with torch.no_grad():
             ws = G.mapping(mb.z, mb.fake_labels, update_emas=True)
             fake_images = G.synthesis(ws)
-        fake = context.loss.fake_loss(D, fake_images, mb.fake_labels, context.cur_nimg, context.stats)
-        (fake / len(microbatches)).backward()
-        real = context.loss.real_loss(D, mb.images, mb.labels, context.cur_nimg, context.stats)
-        (real / len(microbatches)).backward()
-        context.stats.report("Loss/D/loss", fake.detach() + real.detach())
+        parts = []
+        for loss in context.loss.discriminator_losses(D, fake_images, mb, context.cur_nimg, context.stats):
+            (loss / len(microbatches)).backward()
+            parts.append(loss.detach())
+        context.stats.report("Loss/D/loss", sum(parts))
     D.set_trainable_(False)
     apply_gradients(D, optimizer, context)
+    context.loss.finish_step_(D, context.stats)
     san.normalize_directions_(D)
 
 
-def mix_styles(G: Generator, batch: Batch, probability: float) -> Tensor:
+def mix_styles(G: AnyGenerator, batch: Batch, probability: float) -> Tensor:
     """Style vectors (N, num_ws, w_dim); with `probability`, layers after a random one take a second latent's style."""
     ws = G.mapping(batch.z, batch.fake_labels)
     if probability > 0 and torch.rand(()).item() < probability:

@@ -20,8 +20,9 @@ from training.config import OptimizerConfig, TrainConfig, to_json
 from training.continuation import Progress, continue_from_snapshot_, read_progress
 from training.data_loader import InfiniteSampler, make_loader
 from training.dataset import ImageDataset
+from training.dcgan_loss import make_dcgan_loss
 from training.initialization import build_networks
-from training.loss import GuidanceClassifier, ProjectedGANLoss
+from training.loss import AdversarialLoss, GuidanceClassifier, ProjectedGANLoss
 from training.run_log import RunLog, create_run_dir, open_run_dir
 from training.snapshot import SampleGrid, Snapshots
 from training.train_step import Batch, StepContext, discriminator_step, generator_step, path_length_step
@@ -60,7 +61,7 @@ class Trainer:
         if progress.cur_nimg:
             origin = continue_from_snapshot_(networks, run_dir)
             seed_everything(config.seed + progress.cur_nimg)  # not the numbers of the run's beginning again
-        guidance = GuidanceClassifier.pretrained().to(device) if config.loss_terms.cls_weight else None
+        loss = build_loss(config, device)
         self.G, self.D, self.G_ema = networks.G, networks.D, networks.G_ema
         self.config, self.dataset, self.device = config, dataset, device
         self.run_dir = create_run_dir(outdir, description) if run_dir is None else open_run_dir(run_dir)
@@ -73,9 +74,7 @@ class Trainer:
         self.D_optimizer = make_optimizer(self.D.trainable_parameters(), config.discriminator_optimizer)
 
         self.stats = StatsCollector()
-        self.context = StepContext(
-            config, ProjectedGANLoss(config, guidance), self.stats, warn=self.log.print
-        )
+        self.context = StepContext(config, loss, self.stats, warn=self.log.print)
         self.sampler = InfiniteSampler(
             len(dataset), config.seed, rank(), world_size(), position=progress.cur_nimg
         )
@@ -88,7 +87,7 @@ class Trainer:
         self.snapshots = Snapshots(config, self.run_dir, dataset, self.log, device, progress.best_value)
         self.state = TrainState(
             cur_nimg=progress.cur_nimg,
-            cur_iteration=progress.cur_nimg // config.batch_size,
+            cur_iteration=progress.cur_nimg // config.nimg_per_iteration,
             pl_mean=torch.tensor(progress.pl_mean, device=device),
         )
 
@@ -112,28 +111,42 @@ class Trainer:
         self.tick_start_time, self.tick_start_nimg = time.time(), self.state.cur_nimg
 
     def iterate(self) -> None:
-        """One training iteration: G, path length every few iterations, D, moving average."""
+        """One training iteration: G, path length every few iterations, D once or more, moving average."""
         config, state, context = self.config, self.state, self.context
         context.cur_nimg = state.cur_nimg
-        images, labels = next(self.loader)
-        real_images = images.to(torch.float32) / 127.5 - 1
+        real_images, labels = self.next_reals()
         generator_step(self.G, self.D, self.G_optimizer, self.draw_batch(real_images, labels), context)
         if self.is_path_length_due():
             batch = self.draw_batch(real_images, labels)
             state.pl_mean = path_length_step(self.G, self.G_optimizer, batch, state.pl_mean, context)
-        discriminator_step(self.G, self.D, self.D_optimizer, self.draw_batch(real_images, labels), context)
-        beta = ema_beta(config.batch_size, state.cur_nimg, config.ema_halflife_kimg, config.ema_rampup)
+        for step in range(config.critic.num_steps):
+            if step > 0:
+                real_images, labels = self.next_reals()
+            batch = self.draw_batch(real_images, labels)
+            discriminator_step(self.G, self.D, self.D_optimizer, batch, context)
+        num_images = config.nimg_per_iteration
+        beta = ema_beta(num_images, state.cur_nimg, config.ema_halflife_kimg, config.ema_rampup)
         update_ema_(self.G_ema, self.G, beta)
-        state.cur_nimg += config.batch_size
+        state.cur_nimg += num_images
         state.cur_iteration += 1
-        self.log.advance(config.batch_size)
+        self.log.advance(num_images)
+
+    def next_reals(self) -> tuple[Tensor, Tensor]:
+        """The next real images, float32 in [-1, 1], and their class ids."""
+        images, labels = next(self.loader)
+        return images.to(torch.float32) / 127.5 - 1, labels
 
     def draw_batch(self, real_images: Tensor, labels: Tensor | None) -> Batch:
-        """The given real images with fresh latents and fresh labels drawn from the training set."""
+        """The given real images with fresh latents and fresh labels drawn from the training set.
+
+        With `--cfg dcgan` fakes have the labels of the reals, as terms that compare the two need.
+        """
         num = self.local_batch_size
         z = torch.randn(num, self.G.z_dim, device=self.device)
         if self.labels is None:
             return Batch(real_images, None, z, None)
+        if self.config.is_dcgan:
+            return Batch(real_images, labels, z, labels)
         fake_labels = self.labels[torch.randint(len(self.labels), (num,))].to(self.device)
         return Batch(real_images, labels, z, fake_labels)
 
@@ -208,10 +221,20 @@ class Trainer:
         return started and interval > 0 and self.state.cur_iteration % interval == 0
 
 
-def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.Adam:
-    """Adam with the learning rate and betas corrected for lazy regularisation."""
+def build_loss(config: TrainConfig, device: torch.device) -> AdversarialLoss:
+    """The loss that goes with the networks. Raises UserError for an objective that does not, or missing weights."""
+    if config.is_dcgan:
+        return make_dcgan_loss(config)
+    guidance = GuidanceClassifier.pretrained().to(device) if config.loss_terms.cls_weight else None
+    return ProjectedGANLoss(config, guidance)
+
+
+def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer with its learning rate and betas corrected for lazy regularisation."""
     lr, betas = config.adjusted()
     parameters = list(parameters)
+    if config.kind == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=lr, alpha=betas[1], eps=config.eps)
     is_fused = parameters[0].device.type in ("cpu", "cuda")  # one pass over the weights instead of ten
     return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=config.eps, fused=is_fused)
 

@@ -29,6 +29,7 @@ OWN_FLAGS = [
     "--official-bn",
     "--backbones",
     "--train-stem-input",
+    "--objective",
 ]
 OWN_FLAGS += ["--classes-from", "--blur-kimg"]
 QUICKSTART = ("--preset", "quickstart", "--embedding", "random", "--device", "cpu")

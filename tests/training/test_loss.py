@@ -10,6 +10,7 @@ from torch import nn
 
 import san
 from torch_utils.stats import StatsCollector
+from training.batch import Batch
 from training.config import ConfigError, TrainConfig
 from training.loss import PAPER_MICROBATCH_SIZE, GuidanceClassifier, ProjectedGANLoss, path_length_penalty
 from training.presets import stylegan_xl
@@ -52,6 +53,10 @@ class ConstantLogits(nn.Module):
         return {str(i): san.SANLogits.plain(x) for i, x in enumerate(self.logits)}
 
 
+def make_batch(images: torch.Tensor, labels: torch.Tensor | None = None) -> Batch:
+    return Batch(images, labels, torch.zeros(len(images), 4), labels)
+
+
 def test_loss_does_not_depend_on_the_number_of_samples_and_adds_backbones():
     config, stats = make_config("gan"), StatsCollector()
     loss = ProjectedGANLoss(config)
@@ -59,7 +64,9 @@ def test_loss_does_not_depend_on_the_number_of_samples_and_adds_backbones():
         first, second = torch.full((num_samples, 64), 0.25), torch.full((num_samples, 20), -3.0)
         D = ConstantLogits(first, second)
         images = torch.zeros(num_samples, 3, 16, 16)
-        assert loss.generator_loss(D, images, None, 10**6, stats).item() == pytest.approx(-0.25 + 3)
+        assert loss.generator_loss(D, images, make_batch(images), 10**6, stats).item() == pytest.approx(
+            -0.25 + 3
+        )
         assert loss.fake_loss(D, images, None, 10**6, stats).item() == pytest.approx(1.25 + 0)
         assert loss.real_loss(D, images, None, 10**6, stats).item() == pytest.approx(0.75 + 4)
 
@@ -74,18 +81,42 @@ def test_san_adds_the_direction_term():
             D, images, None, 0, stats
         )
         torch.testing.assert_close(extra, sign * D.logits[0].mean())
-    same = (loss.generator_loss(fake, images, None, 0, stats) for loss in (san_loss, gan_loss))
+    same = (loss.generator_loss(fake, images, make_batch(images), 0, stats) for loss in (san_loss, gan_loss))
     assert len({value.item() for value in same}) == 1
+
+
+@pytest.mark.parametrize("objective", san.OBJECTIVES)
+@pytest.mark.parametrize("kind", ["san", "gan"])
+def test_every_objective_of_single_logits_goes_through(objective, kind):
+    """With its own functions on both backbones; the SAN form adds its potential."""
+    chosen = san.OBJECTIVES[objective]
+    if kind == "san" and chosen.potential is None:
+        pytest.skip("no SAN form")
+    loss, stats = ProjectedGANLoss(replace(make_config(kind), objective=objective)), StatsCollector()
+    images, real, fake = torch.zeros(3, 3, 16, 16), torch.randn(3, 4), torch.randn(3, 4)
+    batch = make_batch(images)
+    D = ConstantLogits(fake, 2 * fake)
+    potential = chosen.potential if kind == "san" else torch.zeros_like
+    expected = [chosen.fake(x).mean() + potential(x).mean() for x in (fake, 2 * fake)]
+    parts = loss.discriminator_losses(D, images, batch, 0, stats)
+    torch.testing.assert_close(next(parts), sum(expected))
+    D.logits = (real, 2 * real)  # reals are judged after the fakes' backward pass
+    expected = [chosen.real(x).mean() - potential(x).mean() for x in (real, 2 * real)]
+    torch.testing.assert_close(next(parts), sum(expected))
+    torch.testing.assert_close(
+        loss.generator_loss(D, images, batch, 0, stats), sum(chosen.generator(x).mean() for x in D.logits)
+    )
 
 
 def test_all_images_are_blurred_early_and_left_alone_later():
     config, stats = make_config("san"), StatsCollector()
     loss = ProjectedGANLoss(config)
     images = torch.randn(2, 3, 16, 16)
-    for term in (loss.generator_loss, loss.fake_loss, loss.real_loss):
+    batch = make_batch(images)
+    for term, condition in ((loss.generator_loss, batch), (loss.fake_loss, None), (loss.real_loss, None)):
         D = ConstantLogits(torch.zeros(2, 4))
         for cur_nimg in (0, 150_000, 300_000):
-            term(D, images, None, cur_nimg, stats)
+            term(D, images, condition, cur_nimg, stats)
         deviations = [seen.std().item() for seen, _ in D.calls]
         assert deviations[0] < deviations[1] < deviations[2] == images.std().item()
 
@@ -130,7 +161,8 @@ def test_the_papers_guidance_weight_means_one_per_sample(num_samples):
     config = replace(config, loss_terms=replace(config.loss_terms, cls_weight=8.0))
     stats, D = StatsCollector(), ConstantLogits(torch.full((num_samples, 4), 0.25))
     loss = ProjectedGANLoss(config, nn.Flatten())  # pixels as logits: equal ones, so -log(1 / classes)
-    value = loss.generator_loss(D, torch.zeros(num_samples, 3, 4, 4), torch.arange(num_samples), 0, stats)
+    images = torch.zeros(num_samples, 3, 4, 4)
+    value = loss.generator_loss(D, images, make_batch(images, torch.arange(num_samples)), 0, stats)
     assert value.item() == pytest.approx(-0.25 + math.log(48))
     assert stats.flush()["Loss/G/guidance_loss"]["mean"] == pytest.approx(math.log(48))
 

@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from torch_utils.stats import StatsCollector
+from training.batch import Batch
 from training.config import TrainConfig
 from training.discriminator.projected import ProjectedDiscriminator
 from training.generator.generator import Generator
@@ -86,7 +87,7 @@ def test_activations_are_what_a_real_step_keeps(trains_stem_input, tmp_path):
     loss, z, labels = ProjectedGANLoss(config), torch.randn(NUM_IMAGES, G.z_dim), torch.arange(NUM_IMAGES)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         images = G.synthesis(G.mapping(z, labels))
-        loss.generator_loss(D, images, labels, 0, StatsCollector()).backward()
+        loss.generator_loss(D, images, Batch(images, labels, z, labels), 0, StatsCollector()).backward()
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     assert counted == pytest.approx(peak_bytes(tmp_path / "trace.json"), rel=0.15)
 

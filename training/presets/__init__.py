@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Named recipes. Each docstring: the command, the hardware and time it needs, and what to expect.
 
-`base` has the defaults, `paper` and `imagenet` the published runs, `digits` what runs on a laptop.
+`base` and `dcgan` have the defaults of --cfg, `paper` and `imagenet` the published runs, `digits` what a laptop runs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Callable
 from training.config import TrainConfig
 from training.presets import imagenet, paper
 from training.presets.base import add_stage, stylegan3_generator, stylegan_xl
+from training.presets.dcgan import RECIPES, dcgan
 from training.presets.digits import digits_8, digits_16, quickstart
 
-__all__ = ["PRESETS", "add_stage", "quickstart", "stylegan3_generator", "stylegan_xl"]
+__all__ = ["PRESETS", "RECIPES", "add_stage", "dcgan", "quickstart", "stylegan3_generator", "stylegan_xl"]
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "quickstart": quickstart,
