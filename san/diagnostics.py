@@ -19,19 +19,24 @@ from san.evidence import MEASURES, Evidence, list_collisions, measure_layer, wei
 from san.layers import SANEmbedding, SANLayer, split_norms
 from san.logits import SANLogits
 from san.losses import AnyObjective
-from san.objectives import OBJECTIVES, PairedObjective, bind_potential
+from san.objectives import OBJECTIVES, bind_potential
 from san.trace import list_outputs
 
 Side = Literal["real", "fake"]
 
 
 @dataclass
-class _Pass:
-    """What one recording heard."""
+class Recording:
+    """What one recording hears. D's own runs are noted by themselves."""
 
     calls: list[tuple[str, Tensor, SANLogits]] = field(default_factory=list)  # layer, its input, its output
-    inputs: list[Tensor] = field(default_factory=list)  # of D, per call
-    outputs: list[SANLogits] = field(default_factory=list)  # of D, of all calls
+    inputs: list[Tensor] = field(default_factory=list)  # of D, per run
+    outputs: list[SANLogits] = field(default_factory=list)  # of D, of all runs
+
+    def note_run(self, inputs: Any, output: Any) -> None:
+        """Note a run of D by another method than its forward. output: what holds the SANLogits."""
+        self.inputs += list(list_outputs(inputs))[:1]
+        self.outputs += [out for out in list_outputs(output) if isinstance(out, SANLogits)]
 
 
 class SANDiagnostics:
@@ -87,10 +92,10 @@ class SANDiagnostics:
         self._evidence: dict[str, dict[str, Evidence]] = {"real": {}, "fake": {}}
         self._directions: dict[str, Tensor] = {}  # at the first recording
         self._real_outputs: list[SANLogits] | None = None
-        self._waiting: list[_Pass] = []  # fakes of a paired objective, which need the reals' logits
+        self._waiting: list[Recording] = []  # fakes of a paired objective, which need the reals' logits
 
     @contextlib.contextmanager
-    def record(self, side: Side) -> Iterator[None]:
+    def record(self, side: Side) -> Iterator[Recording]:
         """Listen while D runs inside, on real or on generated samples only. May be repeated: micro-batches add up.
 
         D runs as in its training step, with gradients and trainable directions, and its backward pass comes later;
@@ -100,12 +105,12 @@ class SANDiagnostics:
         """
         if side not in ("real", "fake"):
             raise ValueError(f"record({side!r}): a side is 'real' or 'fake'")
-        heard = _Pass()
+        heard = Recording()
         hooks = [(layer, _note_call(name, heard)) for name, layer in self.layers.items()]
         hooks.append((self.D, _note_run(heard)))
         handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
         try:
-            yield
+            yield heard
         finally:
             for handle in handles:
                 handle.remove()
@@ -113,11 +118,12 @@ class SANDiagnostics:
         if side == "real":
             self._real_outputs = heard.outputs
             self._digest("real", heard)
-        self._waiting += [heard] if side == "fake" else []
-        if self._real_outputs is not None or not isinstance(self.objective, PairedObjective):
+        else:
+            self._waiting.append(heard)
+        if self._waiting and (self._real_outputs is not None or not self.objective.is_paired):
             for fake in self._waiting:
                 self._digest("fake", fake)
-            self._waiting = []
+            self._waiting, self._real_outputs = [], None  # the next fakes meet reals of their own micro-batch
 
     def measure(self) -> dict[str, float]:
         """Measures of everything recorded since the last call, which is forgotten now.
@@ -143,7 +149,7 @@ class SANDiagnostics:
             result.update({f"{measure}/{name}": value for measure, value in measures.items()})
         return result
 
-    def _require_graph(self, side: str, heard: _Pass) -> None:
+    def _require_graph(self, side: str, heard: Recording) -> None:
         if not (heard.calls and heard.outputs):
             raise ValueError(
                 f"record({side!r}) heard nothing: run D itself inside, neither a copy nor compiled, and let it "
@@ -155,7 +161,7 @@ class SANDiagnostics:
                 "enabled and its directions trainable"
             )
 
-    def _digest(self, side: Side, heard: _Pass) -> None:
+    def _digest(self, side: Side, heard: Recording) -> None:
         """Add the evidence of every call, its features weighted by the potential's slope at D's outputs."""
         views = [view.dir for _, _, view in heard.calls]
         with torch.enable_grad():
@@ -170,7 +176,7 @@ class SANDiagnostics:
                 if isinstance(layer, SANEmbedding):
                     evidence, features = weigh_classes(layer, x, slope.float(), unit.float())
                 else:
-                    evidence, features = weigh_product(layer, x, slope)
+                    evidence, features = weigh_product(layer, x, slope, unit)
                 if side == "real" and len(heard.inputs) == 1:
                     evidence.collisions = list_collisions(heard.inputs[0], features)
             if name in self._evidence[side]:
@@ -179,22 +185,20 @@ class SANDiagnostics:
                 self._evidence[side][name] = evidence
 
     def _potential(self, index: int, output: SANLogits) -> Tensor:
-        is_paired = isinstance(self.objective, PairedObjective)
-        reals = self._real_outputs[index].fun.float() if is_paired else None
+        reals = self._real_outputs[index].fun.float() if self.objective.is_paired else None
         return bind_potential(self.objective, reals)(output.dir.float()).sum()
 
 
-def _note_call(name: str, heard: _Pass) -> Callable[..., None]:
+def _note_call(name: str, heard: Recording) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: SANLogits) -> None:
         heard.calls.append((name, (*args, *kwargs.values())[0], output))
 
     return hook
 
 
-def _note_run(heard: _Pass) -> Callable[..., None]:
+def _note_run(heard: Recording) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        heard.inputs += list(list_outputs((*args, *kwargs.values())))[:1]
-        heard.outputs += [out for out in list_outputs(output) if isinstance(out, SANLogits)]
+        heard.note_run((*args, *kwargs.values()), output)
 
     return hook
 

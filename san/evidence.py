@@ -53,29 +53,30 @@ class Evidence:
         return features / counts.clamp_min(1).unsqueeze(2)
 
 
-def weigh_product(layer: Any, x: Tensor, slope: Tensor) -> tuple[Evidence, Tensor]:
+def weigh_product(layer: Any, x: Tensor, slope: Tensor, unit: Tensor) -> tuple[Evidence, Tensor]:
     """Evidence of a call of a linear or convolutional layer, and the features per sample.
 
-    x: the layer's input. slope: r_J at each of its logits. Terms are logits: a sample each, or a patch.
+    x: the layer's input. Of its logits' shape, slope: r_J at each of them; unit: 0 at those that D drops, as when it
+    keeps the logit of a sample's class. Terms are logits: a sample each, or a patch.
     """
     if x.ndim < layer.weight.ndim:  # a single sample without a batch axis
-        x, slope = x.unsqueeze(0), slope.unsqueeze(0)
+        x, slope, unit = x.unsqueeze(0), slope.unsqueeze(0), unit.unsqueeze(0)
     h = x.float()
     if layer.bias is not None:
         h = h + layer.bias.float().view(-1, *[1] * layer.num_spatial_dims)
     directions = split_norms(layer.weight.float())[0]
-    sums, slices, counts = [], [], []
+    sums, counts, slices, owners = [], [], [], []
     for parity in (0, 1):
         # As a function of its directions the layer is linear; its transpose sums up the features under its taps.
         part, weights = h[parity::2], slope[parity::2]
         projections, transpose = torch.func.vjp(lambda d, part=part: layer.operate(part, d), directions)
         sums.append(transpose(weights.to(projections.dtype))[0])
         channel_axis = projections.ndim - 1 - layer.num_spatial_dims
-        slices.append(projections.movedim(channel_axis, 0).flatten(1))  # (directions, n)
-        counts.append(torch.full((len(directions),), slices[-1].shape[1], device=x.device))
-    joined = torch.cat(slices, dim=1)
-    owners = torch.arange(len(directions), device=x.device).unsqueeze(1).expand_as(joined)
-    return Evidence(torch.stack(sums), torch.stack(counts), joined.flatten(), owners.flatten()), h
+        kept = (unit[parity::2] != 0).movedim(channel_axis, 0).flatten(1)  # (directions, n)
+        counts.append(kept.sum(1))
+        slices.append(projections.movedim(channel_axis, 0).flatten(1)[kept])
+        owners.append(kept.nonzero()[:, 0])
+    return Evidence(torch.stack(sums), torch.stack(counts), torch.cat(slices), torch.cat(owners)), h
 
 
 def weigh_classes(

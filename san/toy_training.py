@@ -39,7 +39,7 @@ class Settings:
     lr: float = 1e-3  # Adam's learning rate, of G and of D
     betas: tuple[float, float] = (0.0, 0.9)  # Adam's decays
     num_d_steps: int = 1  # steps of D per step of G
-    iterations: int = 5000  # steps of G
+    iterations: int = 4000  # steps of G
     record_iterations: int = 100  # measure every so many iterations
     num_samples: int = 2048  # real and generated samples per measurement
     num_final_samples: int = 10_000  # of the last one

@@ -211,6 +211,9 @@ class TrainConfig:
     microbatch_size: int  # images per forward pass of one process
     total_kimg: float = 25000.0  # length of the run, thousands of real images
     tick_kimg: float = 4.0  # progress is reported every so many thousand images
+    san_diagnostics_interval: int = (
+        32  # measure SAN's conditions (SAN/* in the log) every N steps of D; 0 = never
+    )
     snapshot_ticks: int = 50  # images, network file and metrics every N ticks; 0 = at the end only
     metrics: tuple[str, ...] = ()  # names in metrics.evaluate; the first picks best_model
     evaluate_at_start: bool = False  # also compute the metrics before the first step
@@ -254,6 +257,10 @@ class TrainConfig:
             raise ConfigError(
                 f"--batch {self.batch_size} is not a multiple of --batch-gpu x processes = "
                 f"{self.microbatch_size} x {world_size} = {images_per_pass}"
+            )
+        if self.san_diagnostics_interval < 0:
+            raise ConfigError(
+                f"san_diagnostics_interval={self.san_diagnostics_interval} is negative; 0 switches it off"
             )
         if self.frozen_head_blocks and self.resume is None:
             raise ConfigError(

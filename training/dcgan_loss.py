@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import san
+from san.diagnostics import Recording
 from san.layers import SANLayer
 from torch_utils.stats import StatsCollector
 from training.augment import blur, blur_sigma, diff_augment
@@ -90,8 +91,10 @@ class DCGANLoss(AdversarialLoss):
         self, D: nn.Module, fake_images: Tensor, batch: Batch, cur_nimg: int, stats: StatsCollector
     ) -> Iterator[Tensor]:
         """One loss, summed over critics: each has its own optimum, whatever G's weight on it. Scalar."""
-        fake, codes = self.judge(D, fake_images, batch.fake_labels, cur_nimg)
-        real, _ = self.judge(D, batch.images, batch.labels, cur_nimg)
+        with self.listen("fake") as recording:
+            fake, codes = self.judge(D, fake_images, batch.fake_labels, cur_nimg, recording)
+        with self.listen("real") as recording:
+            real, _ = self.judge(D, batch.images, batch.labels, cur_nimg, recording)
         report_logits(stats, "fake", fake)
         report_logits(stats, "real", real)
         loss = sum(self.discriminator_term(self.objective, real[name], fake[name]) for name in real)
@@ -109,14 +112,22 @@ class DCGANLoss(AdversarialLoss):
             clip_weights_(D, self.critic.weight_clip)
 
     def judge(
-        self, D: nn.Module, images: Tensor, labels: Tensor | None, cur_nimg: int
+        self,
+        D: nn.Module,
+        images: Tensor,
+        labels: Tensor | None,
+        cur_nimg: int,
+        recording: Recording | None = None,
     ) -> tuple[dict[str, san.SANLogits], CodeLogits | None]:
         """Logits per critic, (N, 1) each, and what the Q head says, if there is one."""
         sigma = blur_sigma(cur_nimg, self.terms.blur_init_sigma_px, self.terms.blur_fade_kimg)
         images = blur(images, sigma)
-        if self.has_codes:
-            return D.forward_with_codes(images, labels, self.augment)
-        return D(images, labels, self.augment), None
+        if not self.has_codes:
+            return D(images, labels, self.augment), None
+        logits, codes = D.forward_with_codes(images, labels, self.augment)
+        if recording is not None:
+            recording.note_run(images, logits)  # a recording hears D's forward only
+        return logits, codes
 
     def penalty(self, D: nn.Module, fake_images: Tensor, batch: Batch, cur_nimg: int) -> Tensor:
         """Gradient penalty of each sample, (N,), summed over critics. Sample i of both kinds has the same class."""

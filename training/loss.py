@@ -8,20 +8,24 @@ micro-batch (docs/fidelity.md#loss-scale).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import san
+from san.diagnostics import Recording, Side
 from torch_utils.pretrained import create_pretrained
 from torch_utils.stats import StatsCollector
 from training.augment import blur, blur_sigma, diff_augment
 from training.batch import Batch
 from training.config import ConfigError, TrainConfig
+from training.direction_log import DirectionLog
 
 ADVERSARIAL_TERMS = {
     "san": (san.san_real_loss, san.san_fake_loss),
@@ -32,6 +36,14 @@ PAPER_MICROBATCH_SIZE = 8  # published runs sum the adversarial loss over 8 imag
 
 class AdversarialLoss(ABC):
     """What the training steps ask of a loss. Images: (N, 3, H, W) in [-1, 1]; cur_nimg: real images seen."""
+
+    directions: DirectionLog | None = (
+        None  # who measures SAN's conditions on the passes of D's own steps, if anybody
+    )
+
+    def listen(self, side: Side) -> AbstractContextManager[Recording | None]:
+        """Around such a pass."""
+        return contextlib.nullcontext() if self.directions is None else self.directions.record(side)
 
     @abstractmethod
     def generator_loss(
@@ -100,7 +112,8 @@ class ProjectedGANLoss(AdversarialLoss):
         self, D: nn.Module, fake_images: Tensor, labels: Tensor | None, cur_nimg: int, stats: StatsCollector
     ) -> Tensor:
         """Discriminator loss of generated images, summed over backbones. Scalar."""
-        logits = self.run_discriminator(D, fake_images, labels, cur_nimg)
+        with self.listen("fake"):
+            logits = self.run_discriminator(D, fake_images, labels, cur_nimg)
         report_logits(stats, "fake", logits)
         return sum(self.fake_term(self.objective, backbone) for backbone in logits.values())
 
@@ -108,7 +121,8 @@ class ProjectedGANLoss(AdversarialLoss):
         self, D: nn.Module, real_images: Tensor, labels: Tensor | None, cur_nimg: int, stats: StatsCollector
     ) -> Tensor:
         """Discriminator loss of real images, summed over backbones. Scalar."""
-        logits = self.run_discriminator(D, real_images, labels, cur_nimg)
+        with self.listen("real"):
+            logits = self.run_discriminator(D, real_images, labels, cur_nimg)
         report_logits(stats, "real", logits)
         return sum(self.real_term(self.objective, backbone) for backbone in logits.values())
 

@@ -104,6 +104,8 @@ def discriminator_step(
     apply_gradients(D, optimizer, context)
     context.loss.finish_step_(D, context.stats)
     san.normalize_directions_(D)
+    if context.loss.directions is not None:
+        context.loss.directions.finish_step(context.stats)
 
 
 def mix_styles(G: AnyGenerator, batch: Batch, probability: float) -> Tensor:

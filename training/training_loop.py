@@ -21,6 +21,7 @@ from training.continuation import Progress, continue_from_snapshot_, read_progre
 from training.data_loader import InfiniteSampler, make_loader
 from training.dataset import ImageDataset
 from training.dcgan_loss import make_dcgan_loss
+from training.direction_log import make_direction_log
 from training.initialization import build_networks
 from training.loss import AdversarialLoss, GuidanceClassifier, ProjectedGANLoss
 from training.run_log import RunLog, create_run_dir, open_run_dir
@@ -62,6 +63,7 @@ class Trainer:
             origin = continue_from_snapshot_(networks, run_dir)
             seed_everything(config.seed + progress.cur_nimg)  # not the numbers of the run's beginning again
         loss = build_loss(config, device)
+        loss.directions = make_direction_log(config, networks.D)
         self.G, self.D, self.G_ema = networks.G, networks.D, networks.G_ema
         self.config, self.dataset, self.device = config, dataset, device
         self.run_dir = create_run_dir(outdir, description) if run_dir is None else open_run_dir(run_dir)

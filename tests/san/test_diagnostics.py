@@ -33,23 +33,6 @@ def make_mlp(out_features: int = 1, input_bias: bool = False) -> nn.Sequential:
     return D
 
 
-class TwoHeads(nn.Module):
-    """A patch head and a class-conditional head on one feature map; logits are scaled after the layers."""
-
-    def __init__(self, num_classes: int = 4) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.trunk = nn.Sequential(nn.Conv2d(2, 5, 3), nn.LeakyReLU(0.2, inplace=True))
-        self.patch = san.SANConv2d(5, 1, 3, stride=2, padding=1, input_bias=True)
-        self.embed = san.SANEmbedding(num_classes, 5)
-        nn.init.normal_(self.patch.bias)
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, san.SANLogits]:
-        h = self.trunk(x)
-        projected = san.project(h, self.embed(labels)).flatten(1) / math.sqrt(5)
-        return {"patch": 3 * self.patch(h).flatten(1), "class": projected}
-
-
 def record_both(diagnostics: SANDiagnostics, real: tuple, fake: tuple) -> tuple:
     with diagnostics.record("fake"):
         fake_logits = diagnostics.D(*fake)
@@ -117,98 +100,6 @@ def test_optimal_direction_has_cosine_one_and_training_moves_towards_it() -> Non
         D.weight.copy_(F.normalize((real.mean(0) - fake.mean(0)).unsqueeze(0)))
     record_both(diagnostics, (real,), (fake,))
     assert diagnostics.measure()["cosine"] == pytest.approx(1, abs=1e-5)
-
-
-def test_outputs_have_their_own_directions() -> None:
-    D = make_mlp(out_features=3)
-    diagnostics = SANDiagnostics(D)
-    real, fake = draw(0, 20, 3) + 1, draw(1, 10, 3)
-    record_both(diagnostics, (real,), (fake,))
-    values = diagnostics.measure()
-    real_h, fake_h = D[:2](real).detach(), D[:2](fake).detach()
-    difference = conditions.mean_difference(real_h, fake_h)
-    directions = F.normalize(D[2].weight.detach(), dim=1)
-    orders = [conditions.compare_slices(real_h @ w, fake_h @ w) for w in directions]
-    assert values["cosine"] == pytest.approx(
-        conditions.direction_cosine(directions, difference).mean().item(), abs=1e-5
-    )
-    assert values["in_order"] == pytest.approx(sum(o.in_order.item() for o in orders) / 3, abs=1e-5)
-
-
-@pytest.mark.parametrize("name", ["hinge", "nonsaturating"])
-def test_patches_of_a_convolution_are_samples(name: str) -> None:
-    D, objective = TwoHeads(), OBJECTIVES[name]
-    diagnostics = SANDiagnostics(D, objective)
-    labels = torch.arange(12) % 4
-    real, fake = draw(0, 12, 2, 9, 9) + 0.5, draw(1, 12, 2, 9, 9)
-    real_logits, fake_logits = record_both(diagnostics, (real, labels), (fake, labels))
-    values = diagnostics.measure()
-    patches, weights = [], []
-    for x, logits in ((real, real_logits), (fake, fake_logits)):
-        h = D.trunk(x).detach() + D.patch.bias.detach().view(-1, 1, 1)
-        patches.append(F.unfold(h, 3, padding=1, stride=2).transpose(1, 2).flatten(0, 1))  # (N * K, features)
-        weights.append(san.direction_weights(objective, logits["patch"].fun).flatten())
-    difference = conditions.mean_difference(*patches, *weights)
-    direction = F.normalize(D.patch.weight.detach().flatten(), dim=0)
-    order = conditions.compare_slices(*(p @ direction for p in patches))
-    assert values["cosine/patch"] == pytest.approx(direction_cosine(direction, difference), abs=1e-5)
-    length = 3 * difference.norm().item()  # the logits enter D's output with a factor of 3
-    assert values["mean_difference/patch"] == pytest.approx(length, rel=1e-4)
-    assert values["in_order/patch"] == pytest.approx(order.in_order.item(), abs=1e-5)
-    assert values["slice_distance/patch"] == pytest.approx(order.wasserstein.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["hinge", "saturating"])
-def test_classes_have_their_own_directions(name: str) -> None:
-    """Means over the classes in both batches; class 3 is missing from the fakes, class 2 from both."""
-    D, objective = TwoHeads(), OBJECTIVES[name]
-    diagnostics = SANDiagnostics(D, objective)
-    real_labels, fake_labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 3]), torch.tensor([1, 0, 0, 1, 1, 0])
-    real, fake = draw(0, 8, 2, 9, 9) + 0.5, draw(1, 6, 2, 9, 9)
-    real_logits, fake_logits = record_both(diagnostics, (real, real_labels), (fake, fake_labels))
-    values = diagnostics.measure()
-    cosines, gaps = [], []
-    for label in (0, 1):
-        sums, slices = [], []
-        direction = F.normalize(D.embed.weight[label].detach(), dim=0)
-        for x, labels, logits in ((real, real_labels, real_logits), (fake, fake_labels, fake_logits)):
-            rows = labels == label
-            h = D.trunk(x)[rows].detach().flatten(2).transpose(1, 2)  # (n, positions, C)
-            weights = san.direction_weights(objective, logits["class"].fun[rows])
-            sums.append((h * weights.unsqueeze(2)).sum(1).mean(0))
-            slices.append((h.sum(1) @ direction) / math.sqrt(5))
-        cosines.append(direction_cosine(direction, sums[0] - sums[1]))
-        gaps.append(conditions.compare_slices(*slices).gap.item())
-    assert values["cosine/embed"] == pytest.approx(sum(cosines) / 2, abs=1e-5)
-    assert values["separability_gap/embed"] == pytest.approx(sum(gaps) / 2, abs=1e-5)
-    assert values["scale/embed"] == pytest.approx(D.embed.scale[:2].mean().item(), rel=1e-5)
-
-
-def test_heads_are_averaged() -> None:
-    diagnostics = SANDiagnostics(TwoHeads())
-    labels = torch.arange(8) % 4
-    record_both(diagnostics, (draw(0, 8, 2, 9, 9), labels), (draw(1, 8, 2, 9, 9), labels))
-    values = diagnostics.measure()
-    assert list(values) == diagnostics.names
-    for measure in ("cosine", "in_order", "collision", "scale"):
-        mean = (values[f"{measure}/patch"] + values[f"{measure}/embed"]) / 2
-        assert values[measure] == pytest.approx(mean)
-
-
-def test_microbatches_add_up() -> None:
-    D = TwoHeads()
-    diagnostics = SANDiagnostics(D, OBJECTIVES["nonsaturating"])
-    labels = torch.arange(8) % 2
-    real, fake = draw(0, 8, 2, 9, 9) + 0.3, draw(1, 8, 2, 9, 9)
-    record_both(diagnostics, (real, labels), (fake, labels))
-    expected = diagnostics.measure()
-    for part in (slice(0, 4), slice(4, 8)):
-        record_both(diagnostics, (real[part], labels[part]), (fake[part], labels[part]))
-    values = diagnostics.measure()
-    expected = {
-        key: value for key, value in expected.items() if "collision" not in key
-    }  # pairs within a batch
-    assert {key: values[key] for key in expected} == pytest.approx(expected, abs=1e-4)
 
 
 def test_drift_is_the_angle_that_the_step_turned() -> None:
@@ -286,31 +177,6 @@ def test_half_precision_and_checkpointed_features() -> None:
     assert D.D[0].weight.grad is not None
 
 
-def test_a_frozen_head_is_left_out() -> None:
-    D = TwoHeads()
-    D.patch.weight.requires_grad_(False)
-    diagnostics = SANDiagnostics(D)
-    labels = torch.zeros(4, dtype=torch.long)
-    record_both(diagnostics, (draw(0, 4, 2, 9, 9), labels), (draw(1, 4, 2, 9, 9), labels))
-    values = diagnostics.measure()
-    assert "cosine/embed" in values
-    assert "cosine/patch" not in values
-
-
-def test_what_has_no_evidence_is_left_out() -> None:
-    """No class on both sides, and one real sample only: no cosine for the embedding, no halves, no pairs."""
-    D = TwoHeads()
-    diagnostics = SANDiagnostics(D)
-    one = torch.zeros(1, dtype=torch.long)
-    record_both(diagnostics, (draw(0, 1, 2, 9, 9), one), (draw(1, 1, 2, 9, 9), one + 1))
-    values = diagnostics.measure()
-    assert set(diagnostics.names) > set(values)
-    assert [name for name in values if name.endswith("/embed")] == []
-    assert "cosine/patch" in values
-    assert "agreement" not in values
-    assert "collision" not in values
-
-
 def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"call san\.sanify"):
         SANDiagnostics(nn.Linear(2, 1))
@@ -346,3 +212,27 @@ def test_fakes_of_a_paired_objective_wait_for_the_reals() -> None:
     with diagnostics.record("fake"):
         D(draw(1, 16, 3))
     assert diagnostics.measure() == pytest.approx(first)
+
+
+def test_fakes_of_a_paired_objective_meet_the_reals_of_their_microbatch() -> None:
+    """Whichever side comes first."""
+    D = make_mlp()
+    diagnostics = SANDiagnostics(D, PAIRED_OBJECTIVES["relativistic"])
+    real, fake = [draw(i, 16, 3) + i for i in range(2)], [draw(2 + i, 16, 3) for i in range(2)]
+    results = []
+    for order in (("fake", "real"), ("real", "fake")):
+        for i in range(2):
+            for side in order:
+                with diagnostics.record(side):
+                    D({"real": real, "fake": fake}[side][i])
+        results.append(diagnostics.measure())
+    assert results[0] == pytest.approx(results[1])
+    h = [D[:2](x).detach() for x in (*real, *fake)]
+    logits = [D[2](x).fun.detach() for x in h]
+    objective = PAIRED_OBJECTIVES["relativistic"]
+    weighted = [
+        (x * san.direction_weights(objective, f, logits[i % 2])).mean(0)
+        for i, (x, f) in enumerate(zip(h, logits, strict=True))
+    ]
+    length = ((weighted[0] + weighted[1] - weighted[2] - weighted[3]) / 2).norm().item()
+    assert results[0]["mean_difference"] == pytest.approx(length, rel=1e-4)

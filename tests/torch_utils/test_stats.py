@@ -60,3 +60,16 @@ def test_values_that_are_not_finite_show():
     stats = StatsCollector()
     stats.report("a", torch.tensor([1.0, float("nan")]))
     assert np.isnan(stats.flush()["a"]["mean"])
+
+
+def test_nothing_reserves_the_name_and_is_left_out():
+    stats = StatsCollector()
+    stats.report("a", torch.tensor([]))
+    stats.report("b", 1.0)
+    assert list(stats.flush()) == ["b"]
+    stats.report("a", torch.tensor([]))
+    stats.report("b", 1.0)
+    stats.report("a", torch.tensor([2.0, 4.0]))
+    result = stats.flush()
+    assert list(result) == ["a", "b"]
+    assert result["a"] == {"num": 2, "mean": 3.0, "std": 1.0}
