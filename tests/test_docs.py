@@ -226,13 +226,6 @@ def test_flags_in_the_training_guide_exist():
     assert not {flag for span in spans for flag in re.findall(r"^--[a-z][\w-]*", span)} - known
 
 
-def test_refused_flags_are_in_the_fidelity_table():
-    from training.cli import REFUSED_FLAGS
-
-    text = (ROOT / "docs" / "fidelity.md").read_text()
-    assert not [name for name in REFUSED_FLAGS if f"`--{name}`" not in text]
-
-
 def test_data_set_example_makes_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The guide's command, on a small folder of photographs."""
     for name, size in (("cat/a.png", (90, 70)), ("cat/b.png", (64, 64)), ("dog/a.png", (10, 31))):

@@ -28,12 +28,10 @@ from training.finetune.settings import adapt_embedding, adopt_networks, open_dat
 from training.generator.network_plan import plan_network
 from training.network_io import NetworkFile, read_network
 from training.presets import PRESETS, dcgan, stylegan_xl
+from training.run_options import RunOptions
 from training.sampling import pick_device
 
 NOT_YET = "is not in this version"
-REFUSED_FLAGS = {
-    "restart_every": f"--restart_every {NOT_YET}: it needs an exact resume; leave it out",
-}
 
 
 def run_training(flags: dict[str, Any]) -> None:
@@ -59,11 +57,23 @@ def run_training(flags: dict[str, Any]) -> None:
     click.echo(summarize_run(trainer.fit()))
 
 
+def read_options(flags: dict[str, Any]) -> RunOptions:
+    """How the run is carried out."""
+    return override(
+        RunOptions(outdir=flags["outdir"]),
+        checkpoint_ticks=flags["checkpoint"],
+        keep_last=flags["keep_last"],
+        keep_every_kimg=flags["keep_every"],
+        time_limit_s=flags["time_limit"],
+        on_nonfinite=flags["on_nonfinite"],
+        nonfinite_limit=flags["nonfinite_limit"],
+        cache_data=flags["cache_data"] and Path(flags["cache_data"]),
+        wandb_project=flags["wandb"],
+    )
+
+
 def check_refused(flags: dict[str, Any]) -> None:
     """Raise ConfigError for flags that cannot do here what their user means."""
-    for name, reason in REFUSED_FLAGS.items():
-        if flags[name]:
-            raise ConfigError(reason)
     if num_processes(flags) > 1 and not flags["dry_run"]:
         raise ConfigError(f"--gpus {flags['gpus']}: training on several GPUs {NOT_YET}; use --gpus 1")
     if flags["cfg"] in ("stylegan2", "fastgan"):
@@ -235,6 +245,7 @@ def override_schedule(config: TrainConfig, flags: dict[str, Any]) -> TrainConfig
         config = replace(config, resume=flags["resume"], ema_rampup=None)
     return override(
         config,
+        sync_batchnorm=flags["sync_bn"],
         loss=flags["loss"],
         microbatch_size=flags["batch_gpu"] or whole_batch(flags),
         total_kimg=flags["kimg"],

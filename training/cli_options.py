@@ -12,8 +12,10 @@ from collections.abc import Callable
 import click
 
 from training.cli_dcgan import parse_objective
+from training.config import ConfigError
 from training.ladder import LADDER_NAMES
 from training.presets import PRESETS
+from training.run_options import parse_duration
 
 POSITIVE = click.IntRange(min=1)
 NOT_NEGATIVE = click.IntRange(min=0)
@@ -29,6 +31,23 @@ def parse_names(
     if value is None:
         return None
     return tuple(part.strip() for part in value.split(",") if part.strip() and part.lower() != "none")
+
+
+def parse_batch_gpu(_context: click.Context, _param: click.Parameter, value: str | None) -> int | str | None:
+    """A number of images or "auto"; an absent flag stays None."""
+    if value is None or value == "auto":
+        return value
+    if value.isascii() and value.isdigit() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter(f"{value!r} is neither a positive number of images nor auto")
+
+
+def parse_time_limit(_context: click.Context, _param: click.Parameter, value: str | None) -> float | None:
+    """Seconds of a duration; an absent flag stays None."""
+    try:
+        return None if value in (None, "0") else parse_duration(value)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def choice(*names: str) -> click.Choice:
@@ -56,10 +75,11 @@ GENERAL = [
                  help="Where to train"),
     click.option("--cfg", type=choice("stylegan3-t", "stylegan3-r", "dcgan", "stylegan2", "fastgan"),
                  help="Base configuration; dcgan: small networks, from scratch [required without --preset]"),
-    click.option("--gpus", type=POSITIVE, help="Number of processes; this version trains in one  [default: 1]"),
+    click.option("--gpus", type=POSITIVE, help="Processes on this machine, one per GPU; torchrun says it itself  [default: 1]"),
     click.option("--batch", type=POSITIVE,
-                 help="Images per optimizer step [required without --preset, but with --cfg dcgan that of its paper]"),
-    click.option("--batch-gpu", type=POSITIVE, help="Images per forward pass  [default: the whole batch]"),
+                 help="Images per optimizer step [required without --preset; dcgan: as its paper]"),
+    click.option("--batch-gpu", metavar="N|auto", callback=parse_batch_gpu,
+                 help="Images per forward pass of a process; auto: as many as fit  [default: the whole share]"),
     click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop; nothing is written"),
 ]  # fmt: skip
 DATA = [
@@ -120,13 +140,26 @@ SCHEDULE = [
     click.option("--nobench", **BOOL, help="Do not let cuDNN time its kernels  [default: 0]"),
     click.option("--desc", metavar="TEXT", help="Text to add to the run folder's name"),
 ]  # fmt: skip
-NOT_IN_THIS_VERSION = [
-    click.option("--restart_every", type=int, help="Stop after so many seconds (not in this version)"),
-]
+RUNNING = [
+    click.option("--checkpoint", type=NOT_NEGATIVE, metavar="TICKS",
+                 help="Save the complete state every N ticks, beside every snapshot  [default: 10]"),
+    click.option("--keep-last", type=POSITIVE, help="Complete states to keep  [default: 2]"),
+    click.option("--keep-every", type=NOT_NEGATIVE_REAL, metavar="KIMG",
+                 help="Keep a network file for good every so many thousand images; 0 = none  [default: 0]"),
+    click.option("--time-limit", "--restart_every", metavar="3h50m", callback=parse_time_limit,
+                 help="Save and stop before so much time is over; a plain number counts seconds, 0 = no limit"),
+    click.option("--on-nonfinite", type=choice("skip", "rollback", "abort"),
+                 help="What a gradient that is not finite leads to  [default: skip]"),
+    click.option("--nonfinite-limit", type=POSITIVE, metavar="N",
+                 help="Abort after so many such steps in a row  [default: 10]"),
+    click.option("--sync-bn", **BOOL, help="BatchNorm of D normalises over all processes  [default: 0]"),
+    click.option("--cache-data", metavar="DIR", help="Copy the images to this local folder of each machine first"),
+    click.option("--wandb", metavar="PROJECT", help="Also log to this project of Weights & Biases"),
+]  # fmt: skip
 
 
 def train_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add every flag of train.py to a click command."""
-    for option in reversed([*GENERAL, *DATA, *NETWORKS, *STAGES, *SCHEDULE, *NOT_IN_THIS_VERSION]):
+    for option in reversed([*GENERAL, *DATA, *NETWORKS, *STAGES, *SCHEDULE, *RUNNING]):
         command = option(command)
     return command

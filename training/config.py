@@ -209,6 +209,9 @@ class TrainConfig:
     embedding_source: str = "random"  # rows: "random", "data" (class means), a file, "stem", "checkpoint"
     batch_size: int  # images per optimizer step, all processes together
     microbatch_size: int  # images per forward pass of one process
+    sync_batchnorm: bool = (
+        False  # BatchNorm of D normalises over all processes; False = over its own micro-batch
+    )
     total_kimg: float = 25000.0  # length of the run, thousands of real images
     tick_kimg: float = 4.0  # progress is reported every so many thousand images
     san_diagnostics_interval: int = (

@@ -243,7 +243,8 @@ def test_preset_on_other_data(tiny_folder):
         (["--up_factor", "2"], "--up_factor 2 belongs to a super-resolution stage"),
         (["--freezed", "2"], "--freezed 2 without --resume would freeze random weights; add --resume FILE"),
         (["--classes-from", "mean"], "--classes-from mean belongs to --resume; add --resume FILE"),
-        (["--restart_every", "100"], "--restart_every is not in this version"),
+        (["--time-limit", "3x"], "duration '3x' is not understood"),
+        (["--batch-gpu", "all"], "'all' is neither a positive number of images nor auto"),
         (["--gpus", "2"], "--gpus 2: training on several GPUs is not in this version"),
         (["--cfg", "stylegan3-t"], "--cfg stylegan3-t and --preset quickstart both choose the layers"),
         (
