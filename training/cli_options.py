@@ -75,7 +75,7 @@ GENERAL = [
                  help="Where to train"),
     click.option("--cfg", type=choice("stylegan3-t", "stylegan3-r", "dcgan", "stylegan2", "fastgan"),
                  help="Base configuration; dcgan: small networks, from scratch [required without --preset]"),
-    click.option("--gpus", type=POSITIVE, help="Processes on this machine, one per GPU; torchrun says it itself  [default: 1]"),
+    click.option("--gpus", type=POSITIVE, help="Processes on this machine; torchrun says it itself  [default: 1]"),
     click.option("--batch", type=POSITIVE,
                  help="Images per optimizer step [required without --preset; dcgan: as its paper]"),
     click.option("--batch-gpu", metavar="N|auto", callback=parse_batch_gpu,
