@@ -19,7 +19,7 @@ from san.evidence import MEASURES, Evidence, list_collisions, measure_layer, wei
 from san.layers import SANEmbedding, SANLayer, split_norms
 from san.logits import SANLogits
 from san.losses import AnyObjective
-from san.objectives import OBJECTIVES, bind_potential
+from san.objectives import OBJECTIVES, bind_potential, direction_weights
 from san.trace import list_outputs
 
 Side = Literal["real", "fake"]
@@ -55,12 +55,14 @@ class SANDiagnostics:
     * in_order, separability_gap: fraction of quantiles in order, and (W1 - mean difference) / W1 of the slices,
       which is 0 when they are separable; slice_distance: W1.
     * collision: smallest over median ratio of feature distance to input distance, among pairs of real inputs. 0 is
-      a collision. It can refute that the features are injective, and never show it.
+      a collision. It can refute that the features are injective, and never show it. Inputs are compared as D gets
+      them: noise or augmentation that D adds inside moves features apart, and so hides collisions.
     * drift_deg: angle between the directions at the recording and now, degrees; scale: of the layer.
 
-    These are means over the directions of a layer. Patches of a convolution count as samples. Embeddings: means
-    over the classes that both sides showed, with features summed over the positions of a map. Weights are the plain
-    r_J: `normalize_weights` of the losses is not followed. slices are those of all samples, unweighted.
+    These are means over the directions of a layer; one with a negative scale counts reversed. Patches of a
+    convolution count as samples. Embeddings: means over the classes that both sides showed, with features summed over
+    the positions of a map. Weights are the plain r_J, or with `normalize_weights`, as of the losses, r_J over its mean
+    in each output of D. slices are those of all samples, unweighted.
 
     Raises ValueError when D has no SAN layer.
 
@@ -75,8 +77,10 @@ class SANDiagnostics:
     ['cosine', 'mean_difference', 'agreement', 'in_order']
     """
 
-    def __init__(self, D: nn.Module, objective: AnyObjective = OBJECTIVES["hinge"]) -> None:
-        self.D, self.objective = D, objective
+    def __init__(
+        self, D: nn.Module, objective: AnyObjective = OBJECTIVES["hinge"], normalize_weights: bool = False
+    ) -> None:
+        self.D, self.objective, self.normalize_weights = D, objective, normalize_weights
         self.layers = {name or "D": m for name, m in D.named_modules() if isinstance(m, SANLayer)}
         if not self.layers:
             raise ValueError("SANDiagnostics found no SAN layer in D: call san.sanify(D) first")
@@ -186,7 +190,12 @@ class SANDiagnostics:
 
     def _potential(self, index: int, output: SANLogits) -> Tensor:
         reals = self._real_outputs[index].fun.float() if self.objective.is_paired else None
-        return bind_potential(self.objective, reals)(output.dir.float()).sum()
+        directional = output.dir.float()
+        if not self.normalize_weights:
+            return bind_potential(self.objective, reals)(directional).sum()
+        weights = direction_weights(self.objective, directional, reals)
+        mean = weights.mean().clamp_min(torch.finfo(weights.dtype).tiny)
+        return (weights / mean * directional).sum()
 
 
 def _note_call(name: str, heard: Recording) -> Callable[..., None]:

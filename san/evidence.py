@@ -35,7 +35,7 @@ class Evidence:
 
     features: Tensor  # (2, directions, ...): sums of features, weighted by r_J
     counts: Tensor  # (2, directions): terms in these sums
-    slices: Tensor  # (n,): <direction, features> of each term, unweighted
+    slices: Tensor  # (n,): <direction, features> of each term, unweighted, with the sign of D's factor on it
     owners: Tensor  # (n,): index of each term's direction
     collisions: list[float] = field(default_factory=list)  # smallest over median expansion ratio, per pass
 
@@ -56,8 +56,9 @@ class Evidence:
 def weigh_product(layer: Any, x: Tensor, slope: Tensor, unit: Tensor) -> tuple[Evidence, Tensor]:
     """Evidence of a call of a linear or convolutional layer, and the features per sample.
 
-    x: the layer's input. Of its logits' shape, slope: r_J at each of them; unit: 0 at those that D drops, as when it
-    keeps the logit of a sample's class. Terms are logits: a sample each, or a patch.
+    x: the layer's input. Of its logits' shape, slope: r_J at each of them, and unit: 1 there, both with any factor that
+    D puts on the logit: 0 at those that it drops, as when it keeps the one of a sample's class. Terms are logits: a
+    sample each, or a patch.
     """
     if x.ndim < layer.weight.ndim:  # a single sample without a batch axis
         x, slope, unit = x.unsqueeze(0), slope.unsqueeze(0), unit.unsqueeze(0)
@@ -72,9 +73,10 @@ def weigh_product(layer: Any, x: Tensor, slope: Tensor, unit: Tensor) -> tuple[E
         projections, transpose = torch.func.vjp(lambda d, part=part: layer.operate(part, d), directions)
         sums.append(transpose(weights.to(projections.dtype))[0])
         channel_axis = projections.ndim - 1 - layer.num_spatial_dims
-        kept = (unit[parity::2] != 0).movedim(channel_axis, 0).flatten(1)  # (directions, n)
+        signs = unit[parity::2].sign().movedim(channel_axis, 0).flatten(1)  # (directions, n)
+        kept = signs != 0
         counts.append(kept.sum(1))
-        slices.append(projections.movedim(channel_axis, 0).flatten(1)[kept])
+        slices.append((projections.movedim(channel_axis, 0).flatten(1) * signs)[kept])
         owners.append(kept.nonzero()[:, 0])
     return Evidence(torch.stack(sums), torch.stack(counts), torch.cat(slices), torch.cat(owners)), h
 
@@ -117,25 +119,28 @@ def list_collisions(inputs: Tensor, features: Tensor) -> list[float]:
 def measure_layer(layer: SANLayer, before: Tensor, real: Evidence, fake: Evidence) -> dict[str, float]:
     """Those of MEASURES that there is evidence for, as means over the directions that both sides saw.
 
-    before: unit directions at the recording, (directions, ...).
+    before: unit directions at the recording, (directions, ...). Where the scale is negative, logits rise against the
+    direction, which is then optimal when it is opposite to the difference of means: such directions count reversed.
     """
     seen = (real.counts.sum(0) > 0) & (fake.counts.sum(0) > 0)
     if not seen.any():
         return {}
     before, now = before.flatten(1), split_norms(layer.weight.float())[0].flatten(1)
     *halves, difference = real.means() - fake.means()
+    scale = layer.scale.float().flatten()
+    signs = torch.where(scale < 0, -1.0, 1.0)
     orders = [
-        compare_slices(real.slices[real.owners == i], fake.slices[fake.owners == i])
+        compare_slices(signs[i] * real.slices[real.owners == i], signs[i] * fake.slices[fake.owners == i])
         for i in seen.nonzero().flatten().tolist()
     ]
     measures = {
-        "cosine": direction_cosine(before, difference)[seen],
+        "cosine": (signs * direction_cosine(before, difference))[seen],
         "mean_difference": difference.norm(dim=1)[seen],
         "in_order": torch.stack([order.in_order for order in orders]),
         "separability_gap": torch.stack([order.gap for order in orders]),
         "slice_distance": torch.stack([order.wasserstein for order in orders]),
         "drift_deg": direction_angle(before, now)[seen],
-        "scale": layer.scale.float().flatten()[seen],
+        "scale": scale[seen],
     }
     halved = (real.counts > 0).all(0) & (fake.counts > 0).all(0)
     if halved.any():

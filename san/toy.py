@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--weights",
         choices=("normalized", "plain"),
         default="normalized",
-        help="r_J as probability measures, as in the paper, or as it is (default: %(default)s)",
+        help="r_J with mean 1, so that it makes probability measures, or as it is (default: %(default)s)",
     )
     add("--outdir", type=Path, default=Path("san-toy"), help="folder to write to (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")

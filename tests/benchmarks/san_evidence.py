@@ -6,28 +6,34 @@ Part of it:  python tests/benchmarks/san_evidence.py --objectives hinge,wgan_gp 
 
 Every run of an objective has the same networks, first weights, data order and budget; only the last layer of D and the
 loss on it differ. Class-conditional 16x16 digits, small networks (`--cfg dcgan`), some 30 to 60 seconds a run on one
-CPU core. Results are added to OUTDIR/runs.jsonl as they come, and a run that is there is not repeated; the table
-(evidence.md, evidence.json) and the plot (evidence.png) are made of that file. Needs scikit-learn and timm.
+CPU core. Results are added to OUTDIR/runs.jsonl as they come, and a run that is there is not repeated; the tables
+(evidence.md) and the plot (evidence.png) are made of that file. Needs scikit-learn and timm.
+
+Into the documentation, with the runs themselves:  python tests/benchmarks/san_evidence.py --outdir evidence --publish
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the checkout is not
+# A script has its own folder on the path, but not the checkout; a test that loads this file has neither.
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import san_evidence_report as report  # noqa: E402
 
 import san  # noqa: E402
 from metrics.evaluate import ImageSet, compute  # noqa: E402
@@ -43,6 +49,7 @@ from training.data_loader import InfiniteSampler, make_loader  # noqa: E402
 from training.dataset import ImageDataset, open_dataset  # noqa: E402
 from training.dcgan_loss import make_dcgan_loss  # noqa: E402
 from training.discriminator.dcgan import DCGANDiscriminator  # noqa: E402
+from training.draws import Draws  # noqa: E402
 from training.generator.dcgan import DCGANGenerator  # noqa: E402
 from training.presets import RECIPES, dcgan  # noqa: E402
 from training.sampling import parse_seeds, seeded_sampler  # noqa: E402
@@ -51,15 +58,17 @@ from training.training_loop import make_optimizer  # noqa: E402
 
 OBJECTIVES = tuple(name for name in RECIPES if dcgan(name).loss == "san")
 ABLATED = ("nonsaturating", "hinge")
+WEIGHTED = (  # r_J is not 1
+    "saturating",
+    "nonsaturating",
+    "soft_least_squares",
+    "dragan",
+    "infogan",
+    "relativistic",
+)
 BATCH_SIZE, CHANNELS, IMAGES_PER_CLASS = 32, 32, 100
 KIMG = 20.0  # real images per run, thousands; critics of five steps get CRITIC_KIMG, as G steps less often
 CRITIC_KIMG, CRITIC_LR = 40.0, 0.0005  # their papers' learning rates are for runs a hundred times as long
-METRICS = {  # field of Result -> heading
-    "fd": "fd_lite0",
-    "accuracy": "class accuracy",
-    "diversity": "diversity",
-    "cosine": "direction cosine",
-}
 
 
 def load_quickstart():
@@ -114,21 +123,9 @@ VARIANTS: dict[
     "normalized, fixed scale": ("gan", lambda plain: as_san(Normalized, plain, has_fixed_scale=True)),
     "split": ("san", lambda plain: as_san(Split, plain, has_fixed_scale=True)),
     "san, fixed scale": ("san", lambda plain: as_san(san.SANConv2d, plain, has_fixed_scale=True)),
+    "san, weights of mean 1": ("san", lambda plain: as_san(san.SANConv2d, plain, has_fixed_scale=False)),
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """One run. fd: lower is better; accuracy, diversity (within classes, 1 = real) and cosine: higher."""
-
-    objective: str
-    variant: str
-    seed: int
-    fd: float
-    accuracy: float
-    diversity: float
-    cosine: float
-    seconds: float  # of training
+WITH_MEAN_1 = "san, weights of mean 1"  # r_J as probability measures
 
 
 def make_config(objective: str, loss: str, c_dim: int, kimg_factor: float) -> TrainConfig:
@@ -170,12 +167,16 @@ def train(
     G_ema.load_state_dict(G.state_dict())
     G_optimizer = make_optimizer(G.parameters(), config.generator_optimizer)
     D_optimizer = make_optimizer(D.parameters(), config.discriminator_optimizer)
+    has_mean_1 = variant == WITH_MEAN_1
+    config = replace(config, normalizes_san_weights=has_mean_1)
     context = StepContext(config, make_dcgan_loss(config), StatsCollector(), warn=click.echo)
     loader = make_loader(dataset, InfiniteSampler(len(dataset), seed), BATCH_SIZE)
 
     def draw() -> Batch:
+        places = loader.position + np.arange(BATCH_SIZE)
         images, labels = next(loader)
-        return Batch(images.float() / 127.5 - 1, labels, torch.randn(BATCH_SIZE, G.z_dim), labels)
+        z = torch.randn(BATCH_SIZE, G.z_dim)
+        return Batch(images.float() / 127.5 - 1, labels, z, labels, Draws(seed, places))
 
     while context.cur_nimg < config.total_kimg * 1000:
         generator_step(G, D, G_optimizer, draw(), context)
@@ -184,7 +185,7 @@ def train(
         nimg = config.nimg_per_iteration
         update_ema_(G_ema, G, ema_beta(nimg, context.cur_nimg, config.ema_halflife_kimg, config.ema_rampup))
         context.cur_nimg += nimg
-    return G_ema, direction_cosine(G, D, context.loss.objective, dataset)
+    return G_ema, direction_cosine(G, D, context.loss.objective, dataset, has_mean_1)
 
 
 @torch.no_grad()
@@ -193,6 +194,7 @@ def direction_cosine(
     D: DCGANDiscriminator,
     objective: san.Objective | san.PairedObjective,
     dataset: ImageDataset,
+    has_mean_1: bool,
 ) -> float:
     """Cosine between the strongest critic's directions and the optimal ones, mean over classes.
 
@@ -208,7 +210,10 @@ def direction_cosine(
         features = critic.trunk(x)
         sides[name] = features.flatten(1), critic.judge(features, labels).fun
     reals = sides["real"][1] if objective.is_paired else None
-    weighted = {n: h * san.direction_weights(objective, f, reals) for n, (h, f) in sides.items()}
+    weighted = {}
+    for side, (h, f) in sides.items():
+        r = san.direction_weights(objective, f, reals)
+        weighted[side] = h * (r / r.mean() if has_mean_1 else r)
     cosines = [
         torch.cosine_similarity(
             critic.last.weight[k].flatten(),
@@ -235,75 +240,6 @@ def measure(G: DCGANGenerator, dataset: ImageDataset, quickstart) -> dict[str, f
     }
 
 
-# Tables and the plot.
-
-
-def read_results(path: Path) -> list[Result]:
-    """Results of earlier calls."""
-    return [Result(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def summarize(results: list[Result]) -> list[dict]:
-    """Mean and sample standard deviation over seeds, per objective and variant."""
-    rows = []
-    for objective in OBJECTIVES:
-        for variant in VARIANTS:
-            runs = [r for r in results if (r.objective, r.variant) == (objective, variant)]
-            if not runs:
-                continue
-            row = {"objective": objective, "variant": variant, "seeds": len(runs)}
-            for name in METRICS:
-                values = [getattr(run, name) for run in runs]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                row[name] = {"mean": statistics.mean(values), "std": spread, "values": values}
-            rows.append(row)
-    return rows
-
-
-def format_table(rows: list[dict]) -> str:
-    """Markdown: mean ± standard deviation."""
-    head = f"| objective | last layer of D | seeds | {' | '.join(METRICS.values())} |"
-    lines = [head, "|---|---|---|" + "---|" * len(METRICS)]
-    for row in rows:
-        cells = [f"{row['fd']['mean']:.0f} ± {row['fd']['std']:.0f}"]
-        cells += [f"{row[k]['mean']:.3f} ± {row[k]['std']:.3f}" for k in ("accuracy", "diversity", "cosine")]
-        lines.append(f"| {row['objective']} | {row['variant']} | {row['seeds']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw_plot(rows: list[dict], path: Path) -> None:
-    """fd_lite0 of every run as a dot, a line of dots per row of the table; a bar at the mean."""
-    left, width, line = 300, 900, 22
-    image = Image.new("RGB", (left + width + 60, line * (len(rows) + 3)), "white")
-    canvas = ImageDraw.Draw(image)
-    largest = max(max(row["fd"]["values"]) for row in rows)
-    canvas.text(
-        (left, 4),
-        f"fd_lite0, lower is better (0 to {largest:.0f}); a dot per seed, a bar at the mean",
-        "black",
-    )
-    for i, row in enumerate(rows):
-        y = line * (i + 2)
-        color = {"gan": "#888888", "san": "#c03020"}.get(row["variant"], "#3060a0")
-        canvas.text((8, y - 6), f"{row['objective']}: {row['variant']}", "black")
-        canvas.line((left, y, left + width, y), "#e8e8e8")
-        for value in row["fd"]["values"]:
-            x = left + width * value / largest
-            canvas.ellipse((x - 4, y - 4, x + 4, y + 4), fill=color)
-        x = left + width * row["fd"]["mean"] / largest
-        canvas.line((x, y - 9, x, y + 9), "black", width=2)
-    image.save(path)
-
-
-def write_report(results: list[Result], outdir: Path) -> str:
-    """Table, JSON and plot; returns the table."""
-    rows = summarize(results)
-    (outdir / "evidence.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (outdir / "evidence.md").write_text(format_table(rows), encoding="utf-8")
-    draw_plot(rows, outdir / "evidence.png")
-    return format_table(rows)
-
-
 def plan_runs(objectives: list[str], variants: list[str], seeds: list[int]) -> list[tuple[str, str, int]]:
     """All runs, seed by seed, so that what is there at any time is balanced; the ablation only for some objectives."""
     return [
@@ -311,8 +247,15 @@ def plan_runs(objectives: list[str], variants: list[str], seeds: list[int]) -> l
         for seed in seeds
         for objective in objectives
         for variant in variants
-        if variant in ("gan", "san") or objective in ABLATED
+        if variant in ("gan", "san") or objective in (WEIGHTED if variant == WITH_MEAN_1 else ABLATED)
     ]
+
+
+def publish_report(folder: Path, docs: Path) -> None:
+    """Tables into docs/evidence.md, the plot and the runs beside it."""
+    report.put_tables(docs / "evidence.md", (folder / "evidence.md").read_text(encoding="utf-8"))
+    shutil.copy(folder / "evidence.png", docs / "evidence.png")
+    shutil.copy(folder / "runs.jsonl", docs / "evidence.jsonl")
 
 
 @click.command()
@@ -325,9 +268,10 @@ def plan_runs(objectives: list[str], variants: list[str], seeds: list[int]) -> l
 @click.option(
     "--kimg-factor", default=1.0, show_default=True, help="Length of every run, relative to the default"
 )
-@click.option("--report", "only_reports", is_flag=True, help="Train nothing; make table and plot again")
-def main(outdir, objectives, variants, seeds, kimg_factor, only_reports) -> None:
-    """Train, measure, and write evidence.md, evidence.json and evidence.png."""
+@click.option("--report", "only_reports", is_flag=True, help="Train nothing; make tables and plot again")
+@click.option("--publish", is_flag=True, help="Train nothing; put tables, plot and runs into docs/")
+def main(outdir, objectives, variants, seeds, kimg_factor, only_reports, publish) -> None:
+    """Train, measure, and write evidence.md and evidence.png."""
     folder = Path(outdir)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -338,8 +282,8 @@ def main(outdir, objectives, variants, seeds, kimg_factor, only_reports) -> None
     for name, known in [*((n, OBJECTIVES) for n in names), *((v, VARIANTS) for v in chosen)]:
         if name not in known:
             raise click.ClickException(f"{name!r} is not one of {', '.join(known)}")
-    results = read_results(folder / "runs.jsonl")
-    if not only_reports:
+    results = report.read_results(folder / "runs.jsonl")
+    if not (only_reports or publish):
         cpu.tune_for_training()
         dataset, quickstart = open_dataset("digits", use_labels=True), load_quickstart()
         done = {(r.objective, r.variant, r.seed) for r in results}
@@ -350,12 +294,14 @@ def main(outdir, objectives, variants, seeds, kimg_factor, only_reports) -> None
             G_ema, cosine = train(config, variant, dataset, seed)
             seconds = time.time() - start
             values = measure(G_ema, dataset, quickstart)
-            result = Result(objective, variant, seed, cosine=cosine, seconds=seconds, **values)
+            result = report.Result(objective, variant, seed, cosine=cosine, seconds=seconds, **values)
             with open(folder / "runs.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
             results.append(result)
             click.echo(f"{number}/{len(todo)} {result}")
-    click.echo(write_report(results, folder))
+    click.echo(report.write_report(results, OBJECTIVES, tuple(VARIANTS), folder))
+    if publish:
+        publish_report(folder, ROOT / "docs")
 
 
 if __name__ == "__main__":

@@ -236,3 +236,19 @@ def test_fakes_of_a_paired_objective_meet_the_reals_of_their_microbatch() -> Non
     ]
     length = ((weighted[0] + weighted[1] - weighted[2] - weighted[3]) / 2).norm().item()
     assert results[0]["mean_difference"] == pytest.approx(length, rel=1e-4)
+
+
+def test_normalised_weights_are_those_of_the_loss() -> None:
+    """The gradient of the loss at the direction is the difference that the cosine is measured to."""
+    D, objective = make_mlp(), OBJECTIVES["nonsaturating"]
+    diagnostics = SANDiagnostics(D, objective, normalize_weights=True)
+    real, fake = draw(0, 20, 3) + 1, draw(1, 10, 3)
+    real_logits, fake_logits = record_both(diagnostics, (real,), (fake,))
+    san.san_discriminator_loss(objective, real_logits, fake_logits, normalize_weights=True).backward()
+    direction = F.normalize(D[2].weight.detach().flatten(), dim=0)
+    weighted = []
+    for x, logits in ((real, real_logits), (fake, fake_logits)):
+        weights = san.direction_weights(objective, logits.fun.detach())
+        weighted.append((D[:2](x).detach() * weights).mean(0) / weights.mean())
+    expected = direction_cosine(direction, weighted[0] - weighted[1])
+    assert diagnostics.measure()["cosine"] == pytest.approx(expected, abs=1e-5)

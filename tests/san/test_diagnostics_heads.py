@@ -221,3 +221,50 @@ def test_what_has_no_evidence_is_left_out() -> None:
     assert "cosine/patch" in values
     assert "agreement" not in values
     assert "collision" not in values
+
+
+class Negated(nn.Module):
+    """Logits with the other sign."""
+
+    def __init__(self, D: nn.Module) -> None:
+        super().__init__()
+        self.D = D
+
+    def forward(self, *inputs: Tensor) -> san.SANLogits:
+        return -self.D(*inputs)
+
+
+class ClassHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = san.SANEmbedding(2, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> san.SANLogits:
+        return san.project(x, self.embed(labels))
+
+
+@pytest.mark.parametrize("name", ["hinge", "nonsaturating"])
+@pytest.mark.parametrize("is_conditional", [False, True])
+def test_measures_are_those_of_the_function_whatever_signs_it_is_written_with(
+    name: str, is_conditional: bool
+) -> None:
+    """s <w, h>, (-s) <-w, h> and -(s <-w, h>) are one discriminator: the same direction, for the same samples."""
+    labels = (torch.arange(16) % 2,) if is_conditional else ()
+    real, fake = (draw(0, 16, 3) + 1, *labels), (draw(1, 16, 3), *labels)
+
+    def measure(negates_scale: bool, negates_logits: bool) -> dict[str, float]:
+        torch.manual_seed(0)
+        D = ClassHead() if is_conditional else nn.Sequential(san.SANLinear(3, 1))
+        layer = D.embed if is_conditional else D[0]
+        with torch.no_grad():
+            layer.weight.mul_(-1 if negates_scale != negates_logits else 1)
+            layer.scale.mul_(-1 if negates_scale else 1)
+        diagnostics = SANDiagnostics(Negated(D) if negates_logits else D, OBJECTIVES[name])
+        record_both(diagnostics, real, fake)
+        values = diagnostics.measure()
+        return {key: value for key, value in values.items() if not key.startswith("scale") and "/" not in key}
+
+    plain = measure(False, False)
+    assert abs(plain["cosine"]) > 0.1
+    for signs in ((True, False), (False, True), (True, True)):
+        assert measure(*signs) == pytest.approx(plain, abs=1e-5)

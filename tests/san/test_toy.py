@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The synthetic experiment: its measures, its stacked runs, its program. The claim itself takes minutes, not here.
+"""The synthetic experiment: its measures, its stacked runs, its program; the paper's claim, which takes minutes.
 
 python -m pytest tests/san/test_toy.py
+python -m pytest tests/san/test_toy.py -m slow
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -278,6 +280,16 @@ def test_bad_flags_end_in_one_line_and_write_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_in_the_documentation_are_flags() -> None:
+    """Every setting that docs/evidence.md reports can be asked for."""
+    text = (Path(san.__file__).parents[1] / "docs" / "evidence.md").read_text(encoding="utf-8")
+    settings = re.findall(r"^\| `(--[^`]+)` \| (\w+) ", text, flags=re.MULTILINE)
+    assert len(settings) >= 5
+    for flags, objective in settings:
+        options = toy.make_parser().parse_args([*flags.split(), "--objectives", objective])
+        assert toy.find_problem(options) is None
+
+
 def test_outdir_must_not_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(SystemExit):
@@ -310,3 +322,21 @@ def test_san_directions_are_closer_to_the_optimum_on_a_short_run() -> None:
     }
     assert cosines["SAN"] > cosines["GAN"] + 0.02
     assert cosines["SAN"] > 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", toy.PAPER_OBJECTIVES)
+def test_the_papers_claim_at_the_defaults(name: str) -> None:
+    """SAN covers all modes in at least 4 of 5 seeds, and its direction is closer to the optimal one than the GAN's.
+
+    Closer throughout but for the first steps, where it may tie, and now and then at the end, where both
+    distributions agree and the optimal direction is noise: 9 of 10 measurements. Other settings fail:
+    docs/evidence.md has them.
+    """
+    records = run(name, Settings(), range(5))
+    runs = {kind: [record[kind] for record in records] for kind in ("GAN", "SAN")}
+    assert (runs["SAN"][-1].modes == 8).sum() >= 4
+    cosines = {kind: values.mean().item() for kind, values in toy.mean_cosines(runs).items()}
+    assert cosines["SAN"] > cosines["GAN"] + 0.05
+    above, total = toy.share_above(runs)
+    assert above >= 0.9 * total

@@ -24,6 +24,7 @@ def dcgan(objective: str = "nonsaturating", data: str = "") -> TrainConfig:
     """Networks, optimizers and terms of an objective in RECIPES; DCGAN's own are those of "nonsaturating"."""
     base = TrainConfig(
         objective=objective,
+        normalizes_san_weights=True,  # measured: docs/evidence.md
         data=DataConfig(path=data),
         generator=DCGANGeneratorConfig(img_resolution=NOMINAL_RESOLUTION),
         discriminator=DCGANDiscriminatorConfig(img_resolution=NOMINAL_RESOLUTION),
