@@ -8,12 +8,12 @@ import random
 import numpy as np
 import torch
 
-from torch_utils.distributed import rank, world_size
-
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices) with seed * processes + rank, so that no two processes agree."""
-    process_seed = seed * world_size() + rank()
-    random.seed(process_seed)
-    np.random.seed(process_seed % 2**32)
-    torch.manual_seed(process_seed)
+    """Seed Python, NumPy and torch (all devices), all processes alike: they build the same networks.
+
+    What differs between processes, such as latents, is drawn from counters of samples instead.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

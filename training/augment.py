@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What happens to images before the discriminator sees them, as pure functions: DiffAugment and a blur.
+"""What happens to images before the discriminator sees them: DiffAugment and a blur.
 
 DiffAugment: "Differentiable Augmentation for Data-Efficient GAN Training" (arXiv:2006.10738). Every operation
-takes its random numbers as arguments; `draw_augmentation` draws them in the order of the official code. N, C,
-H, W are batch, channels, height and width.
+takes its random numbers as arguments; `DiffAugment` draws them. N, C, H, W are batch, channels, height and width.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_utils.errors import UserError
+from training.draws import Draws
 
 TRANSLATION_RATIO = 0.125  # largest shift, as a fraction of the side
 CUTOUT_RATIO = 0.2  # side of the hole, as a fraction of the side
@@ -102,47 +102,38 @@ def _rounded(value: float) -> int:
     return int(value + 0.5)
 
 
-class Drawing(NamedTuple):
-    """Where and how to draw the random numbers of one batch."""
-
-    shape: torch.Size  # (N, C, H, W) of the images
-    device: torch.device  # of the generator
-    generator: torch.Generator | None  # None = the device's global generator
-
-    def uniform(self) -> Tensor:
-        return torch.rand(self.shape[0], device=self.device, generator=self.generator)
-
-    def integer(self, low: int, high: int) -> Tensor:
-        return torch.randint(low, high, (self.shape[0],), device=self.device, generator=self.generator)
-
-
-def _draw_color(drawing: Drawing) -> tuple[Tensor, ...]:
-    return drawing.uniform(), drawing.uniform(), drawing.uniform()
-
-
-def _draw_translation(drawing: Drawing) -> tuple[Tensor, ...]:
-    limits = [_rounded(side * TRANSLATION_RATIO) for side in drawing.shape[2:]]
-    return tuple(drawing.integer(-limit, limit + 1) for limit in limits)
-
-
-def _draw_cutout(drawing: Drawing) -> tuple[Tensor, ...]:
-    # An even hole has one more position than an odd one: its center lies between two pixels.
-    return tuple(
-        drawing.integer(0, side + 1 - _rounded(side * CUTOUT_RATIO) % 2) for side in drawing.shape[2:]
-    )
-
-
 class Operation(NamedTuple):
     """One word of a policy."""
 
-    draw: Callable[[Drawing], tuple[Tensor, ...]]  # random numbers for a batch, each (N,)
-    apply: Callable[..., Tensor]  # apply(images, *draws) -> images
+    num_draws: int  # uniform random numbers that it needs per image
+    arguments: Callable[[Tensor, int, int], tuple[Tensor, ...]]  # of u (N, num_draws), height and width
+    apply: Callable[..., Tensor]  # apply(images, *arguments) -> images
+
+
+def _color_arguments(u: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+    return u.unbind(dim=1)
+
+
+def _translation_arguments(u: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+    limits = [_rounded(side * TRANSLATION_RATIO) for side in (height, width)]
+    return tuple(_integer(v, 2 * limit + 1) - limit for v, limit in zip(u.unbind(dim=1), limits, strict=True))
+
+
+def _cutout_arguments(u: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+    # An even hole has one more position than an odd one: its center lies between two pixels.
+    counts = [side + 1 - _rounded(side * CUTOUT_RATIO) % 2 for side in (height, width)]
+    return tuple(_integer(v, count) for v, count in zip(u.unbind(dim=1), counts, strict=True))
+
+
+def _integer(u: Tensor, count: int) -> Tensor:
+    """0 ... count - 1 with equal chances, int64, of u in [0, 1) with 24 bits: the product stays below count."""
+    return (u * count).long()
 
 
 OPERATIONS = {
-    "color": Operation(_draw_color, color),
-    "translation": Operation(_draw_translation, translation),
-    "cutout": Operation(_draw_cutout, cutout),
+    "color": Operation(3, _color_arguments, color),
+    "translation": Operation(2, _translation_arguments, translation),
+    "cutout": Operation(2, _cutout_arguments, cutout),
 }
 
 
@@ -160,35 +151,31 @@ def parse_policy(policy: str) -> tuple[str, ...]:
     return names
 
 
-def draw_augmentation(
-    policy: Sequence[str],
-    shape: torch.Size,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-) -> list[tuple[Tensor, ...]]:
-    """Random numbers on `device` for every operation of the policy, drawn in the official code's order.
+def diff_augment(images: Tensor, policy: Sequence[str], u: Tensor) -> Tensor:
+    """Augmented images, differentiable. images: float (N, C, H, W), any range, usually [-1, 1].
 
-    They are drawn where the generator lives, so a CPU generator gives the same augmentation on any device.
+    policy: `parse_policy`'s result; u: random numbers of [0, 1), float32 (N, sum of the operations' num_draws).
     """
-    drawing = Drawing(shape, device if generator is None else generator.device, generator)
-    draws = [OPERATIONS[name].draw(drawing) for name in policy]
-    return [tuple(values.to(device) for values in operation_draws) for operation_draws in draws]
-
-
-def diff_augment(
-    images: Tensor, policy: str | Sequence[str], generator: torch.Generator | None = None
-) -> Tensor:
-    """Randomly augmented images, differentiable. images: float (N, C, H, W), any range, usually [-1, 1].
-
-    policy: "color,translation,cutout", a part of it, or `parse_policy`'s result. generator: None = the global
-    one of the images' device. Raises UserError for an unknown word.
-    """
-    names = parse_policy(policy) if isinstance(policy, str) else policy
-    for name, draws in zip(
-        names, draw_augmentation(names, images.shape, images.device, generator), strict=True
-    ):
-        images = OPERATIONS[name].apply(images, *draws)
+    operations = [OPERATIONS[name] for name in policy]
+    parts = u.split([operation.num_draws for operation in operations], dim=1)
+    for operation, part in zip(operations, parts, strict=True):
+        images = operation.apply(images, *operation.arguments(part, *images.shape[2:]))
     return images
+
+
+class DiffAugment:
+    """images -> randomly augmented images, for one pass of D: every call, one per backbone, has draws of its own."""
+
+    def __init__(self, policy: Sequence[str], draws: Draws) -> None:
+        """policy: as in `diff_augment`; draws: of the images that will be passed."""
+        self.policy, self.draws = policy, draws
+        self.num_draws = sum(OPERATIONS[name].num_draws for name in policy)
+        self.num_calls = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        u = self.draws.uniform(f"augment{self.num_calls}", self.num_draws)
+        self.num_calls += 1
+        return diff_augment(images, self.policy, u)
 
 
 def blur_sigma(cur_nimg: int, init_sigma_px: float, fade_kimg: float) -> float:

@@ -42,10 +42,20 @@ class DirectionLog:
                 stats.report(f"SAN/{name}", torch.tensor([values[name]] if name in values else []))
         self.num_steps += 1
 
+    def state_dict(self) -> dict[str, int]:
+        """What moves: between steps of D nothing is recorded, and the diagnostics are empty."""
+        return {"num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over what `state_dict` gave."""
+        self.num_steps = state["num_steps"]
+
 
 def make_direction_log(config: TrainConfig, D: nn.Module) -> DirectionLog | None:
     """The log of a run with SAN heads; None for plain heads, or when it is off."""
     if config.loss != "san" or config.san_diagnostics_interval == 0:
         return None
     objective = {**san.OBJECTIVES, **san.PAIRED_OBJECTIVES}[config.objective]
-    return DirectionLog(SANDiagnostics(D, objective), config.san_diagnostics_interval)
+    return DirectionLog(
+        SANDiagnostics(D, objective, config.normalizes_san_weights), config.san_diagnostics_interval
+    )

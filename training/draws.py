@@ -26,6 +26,10 @@ class Draws:
     device: torch.device = torch.device("cpu")  # noqa: RUF009 -- where the numbers go; drawn on the CPU
     scope: str = ""  # what all purposes start with: the step that draws
 
+    def __post_init__(self) -> None:
+        if self.samples.ndim != 1 or self.samples.dtype != np.int64 or (self.samples < 0).any():
+            raise ValueError(f"samples must be a row of whole numbers from 0 on, int64: {self.samples}")
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -67,9 +71,7 @@ class Draws:
         bits = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64))
         generator, state = np.random.Generator(bits), bits.state
         for sample in self.samples.tolist():
-            state["state"]["counter"][3] = (
-                sample  # the highest word: the lower ones count the numbers of a sample
-            )
+            state["state"]["counter"][3] = sample  # the highest word: the lower ones count a sample's numbers
             bits.state = state
             yield generator
 

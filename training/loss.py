@@ -22,15 +22,12 @@ import san
 from san.diagnostics import Recording, Side
 from torch_utils.pretrained import create_pretrained
 from torch_utils.stats import StatsCollector
-from training.augment import blur, blur_sigma, diff_augment
+from training.augment import DiffAugment, blur, blur_sigma, parse_policy
 from training.batch import Batch
 from training.config import ConfigError, TrainConfig
 from training.direction_log import DirectionLog
+from training.draws import Draws
 
-ADVERSARIAL_TERMS = {
-    "san": (san.san_real_loss, san.san_fake_loss),
-    "gan": (san.gan_real_loss, san.gan_fake_loss),
-}
 PAPER_MICROBATCH_SIZE = 8  # published runs sum the adversarial loss over 8 images but average the guidance
 
 
@@ -74,24 +71,30 @@ class ProjectedGANLoss(AdversarialLoss):
                 f"objective {config.objective!r} has no SAN form, as its generator loss is not monotone; "
                 "use soft_least_squares, or --loss gan"
             )
-        self.real_term, self.fake_term = ADVERSARIAL_TERMS[config.loss]
+        self.real_term, self.fake_term = san.gan_real_loss, san.gan_fake_loss
+        if config.loss == "san":
+            weights = {"normalize_weights": config.normalizes_san_weights}
+            self.real_term = functools.partial(san.san_real_loss, **weights)
+            self.fake_term = functools.partial(san.san_fake_loss, **weights)
         self.guidance = guidance
-        policy = config.discriminator.augment_policy
-        self.augment = functools.partial(diff_augment, policy=policy) if policy else None
+        self.policy = parse_policy(config.discriminator.augment_policy)
 
     def run_discriminator(
-        self, D: nn.Module, images: Tensor, labels: Tensor | None, cur_nimg: int
+        self, D: nn.Module, images: Tensor, labels: Tensor | None, cur_nimg: int, draws: Draws
     ) -> dict[str, san.SANLogits]:
-        """Logits per backbone, (N, K) each, of images blurred as far as training at `cur_nimg` images asks."""
+        """Logits per backbone, (N, K) each, of images blurred as far as training at `cur_nimg` images asks.
+
+        draws: for the augmentation of this pass; passes of one step have different scopes.
+        """
         sigma = blur_sigma(cur_nimg, self.terms.blur_init_sigma_px, self.terms.blur_fade_kimg)
-        return D(blur(images, sigma), labels, self.augment)
+        return D(blur(images, sigma), labels, DiffAugment(self.policy, draws) if self.policy else None)
 
     def generator_loss(
         self, D: nn.Module, fake_images: Tensor, batch: Batch, cur_nimg: int, stats: StatsCollector
     ) -> Tensor:
         """Adversarial loss of G summed over backbones, plus classifier guidance. Scalar."""
         labels = batch.fake_labels
-        logits = self.run_discriminator(D, fake_images, labels, cur_nimg)
+        logits = self.run_discriminator(D, fake_images, labels, cur_nimg, batch.draws.within("fake"))
         loss = sum(san.generator_loss(self.objective, backbone) for backbone in logits.values())
         report_logits(stats, "fake", logits)
         if self.guidance is not None:
@@ -105,24 +108,24 @@ class ProjectedGANLoss(AdversarialLoss):
         self, D: nn.Module, fake_images: Tensor, batch: Batch, cur_nimg: int, stats: StatsCollector
     ) -> Iterator[Tensor]:
         """Generated and real images apart: heads normalise by batches, and must not see both as one."""
-        yield self.fake_loss(D, fake_images, batch.fake_labels, cur_nimg, stats)
-        yield self.real_loss(D, batch.images, batch.labels, cur_nimg, stats)
+        yield self.fake_loss(D, fake_images, batch, cur_nimg, stats)
+        yield self.real_loss(D, batch, cur_nimg, stats)
 
     def fake_loss(
-        self, D: nn.Module, fake_images: Tensor, labels: Tensor | None, cur_nimg: int, stats: StatsCollector
+        self, D: nn.Module, fake_images: Tensor, batch: Batch, cur_nimg: int, stats: StatsCollector
     ) -> Tensor:
-        """Discriminator loss of generated images, summed over backbones. Scalar."""
+        """Discriminator loss of images generated for `batch`, summed over backbones. Scalar."""
+        draws = batch.draws.within("fake")
         with self.listen("fake"):
-            logits = self.run_discriminator(D, fake_images, labels, cur_nimg)
+            logits = self.run_discriminator(D, fake_images, batch.fake_labels, cur_nimg, draws)
         report_logits(stats, "fake", logits)
         return sum(self.fake_term(self.objective, backbone) for backbone in logits.values())
 
-    def real_loss(
-        self, D: nn.Module, real_images: Tensor, labels: Tensor | None, cur_nimg: int, stats: StatsCollector
-    ) -> Tensor:
-        """Discriminator loss of real images, summed over backbones. Scalar."""
+    def real_loss(self, D: nn.Module, batch: Batch, cur_nimg: int, stats: StatsCollector) -> Tensor:
+        """Discriminator loss of the real images, summed over backbones. Scalar."""
+        draws = batch.draws.within("real")
         with self.listen("real"):
-            logits = self.run_discriminator(D, real_images, labels, cur_nimg)
+            logits = self.run_discriminator(D, batch.images, batch.labels, cur_nimg, draws)
         report_logits(stats, "real", logits)
         return sum(self.real_term(self.objective, backbone) for backbone in logits.values())
 
@@ -134,19 +137,26 @@ def report_logits(stats: StatsCollector, kind: str, logits: dict[str, san.SANLog
         stats.report(f"Loss/signs/{kind}", backbone.fun.detach().sign())
 
 
-def path_length_penalty(
-    images: Tensor, ws: Tensor, noise: Tensor, pl_mean: Tensor, decay: float
-) -> tuple[Tensor, Tensor]:
-    """Squared deviation of path lengths from their running mean (StyleGAN2, arXiv:1912.04958, Eq. 4).
+def path_lengths(images: Tensor, ws: Tensor, noise: Tensor, keeps_graph: bool) -> Tensor:
+    """How far images move when styles do (StyleGAN2, arXiv:1912.04958, Eq. 4): a length per image, (N,).
 
     images: (N, C, H, W) made from ws (N, num_ws, w_dim), both in one graph; noise: images' shape, N(0, 1) / sqrt(H W).
-    Returns the penalty (N,) and the detached new mean. The penalty compares with the *new* mean, through which it also
-    sends gradients: docs/fidelity.md#path-length.
+    keeps_graph: whether the lengths will be differentiated.
     """
-    (gradients,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
-    lengths = gradients.square().sum(dim=2).mean(dim=1).sqrt()  # (N,)
-    mean = pl_mean.lerp(lengths.mean(), decay)
-    return (lengths - mean).square(), mean.detach()
+    (gradients,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=keeps_graph)
+    return gradients.square().sum(dim=2).mean(dim=1).sqrt()
+
+
+def path_length_penalty(lengths: Tensor, batch_mean: Tensor, pl_mean: Tensor, decay: float) -> Tensor:
+    """Squared deviation of path lengths (N,) from their running mean, moved a step (N,).
+
+    batch_mean: mean length of the whole batch, of which these lengths are a part, without a graph; pl_mean: the
+    running mean before the step. The penalty compares with the mean *after* it, through which it also sends
+    gradients: docs/fidelity.md#path-length. These are written down, since not all lengths are in this graph.
+    """
+    mean = pl_mean.lerp(batch_mean, decay)
+    zeros = lengths - lengths.detach()  # that have a gradient
+    return (lengths - mean).square() - 2 * decay * (batch_mean - mean) * zeros
 
 
 class GuidanceClassifier(nn.Module):

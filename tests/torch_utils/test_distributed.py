@@ -38,6 +38,8 @@ def run_process() -> dict:
     average_gradients_(iter(parameters))
     stats = StatsCollector()
     stats.report("a", torch.tensor([1.0, 2.0]) + 10 * rank())
+    continued = StatsCollector()
+    continued.load_state_dict(stats.state_dict())
     seed_everything(1)
     return {
         "rank": rank(),
@@ -47,6 +49,8 @@ def run_process() -> dict:
         "in_place": addresses == [p.grad.data_ptr() for p in parameters[:-1]],
         "sum": sum_over_processes(torch.tensor([1.0, rank()])),
         "stats": stats.flush(),
+        "own_moments": continued._moments["a"].tolist(),
+        "continued_stats": continued.flush(),
         "random": torch.rand(()).item(),
     }
 
@@ -67,6 +71,11 @@ def test_ranks(results):
     assert [r["rank"] for r in results] == [0, 1]
     assert [r["world_size"] for r in results] == [2, 2]
     assert [r["is_main"] for r in results] == [True, False]
+
+
+def test_statistics_that_go_on_are_those_of_each_process(results):
+    assert [r["own_moments"] for r in results] == [[2, 3, 5], [2, 23, 265]]
+    assert all(r["continued_stats"] == r["stats"] for r in results)
 
 
 def test_gradients_are_averaged_in_place_and_missing_ones_stay_missing(results):
@@ -91,8 +100,8 @@ def test_sums_and_statistics_cover_all_processes(results):
         assert moments["std"] == pytest.approx(torch.tensor([1.0, 2, 11, 12]).std(correction=0).item())
 
 
-def test_processes_draw_different_numbers(results):
-    assert results[0]["random"] != results[1]["random"]
+def test_processes_draw_the_same_numbers(results):
+    assert results[0]["random"] == results[1]["random"]
 
 
 def test_one_process_needs_no_set_up():

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from torch_utils.errors import UserError
 from training import augment
+from training.draws import Draws
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = {key: torch.from_numpy(value) for key, value in np.load(DATA / "d_diffaug.npz").items()}
 BLUR = np.load(DATA / "d_blur.npz")
 BLUR_NIMG = sorted({int(key.split("/")[1]) for key in BLUR.files if key.endswith("/out")})
-FULL_POLICY = "color,translation,cutout"
+FULL_POLICY = ("color", "translation", "cutout")
 DRAWS = {
     "brightness": ("u_brightness",),
     "saturation": ("u_saturation",),
@@ -37,6 +38,12 @@ def apply_full_policy(images: Tensor) -> Tensor:
     for name in ("color", "translation", "cutout"):
         images = augment.OPERATIONS[name].apply(images, *draws_of(name))
     return images
+
+
+def arguments_of(name: str, num: int, height: int, width: int) -> tuple[Tensor, ...]:
+    """Random arguments of an operation for so many images."""
+    operation = augment.OPERATIONS[name]
+    return operation.arguments(torch.rand(num, operation.num_draws), height, width)
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:
@@ -60,17 +67,37 @@ def test_gradient_of_full_policy_matches_golden():
     assert_near(gradient, GOLDEN["full_policy_grad_x"])
 
 
-def test_random_numbers_are_drawn_in_the_official_order():
+def test_random_numbers_mean_what_they_mean_in_the_official_code():
+    """Its draws in its order, with the ranges of the integers, given as uniform numbers."""
     torch.manual_seed(1234)
-    assert_near(augment.diff_augment(GOLDEN["x"], FULL_POLICY), GOLDEN["full_policy_torch_seed_1234"])
-
-
-def test_generator_replaces_the_global_one():
-    state = torch.get_rng_state()
-    generator = torch.Generator().manual_seed(1234)
-    actual = augment.diff_augment(GOLDEN["x"], FULL_POLICY, generator)
+    images = GOLDEN["x"]
+    num, height, width = images.shape[0], *images.shape[2:]
+    columns = [torch.rand(num) for _ in range(3)]
+    for side in (height, width):
+        limit = int(side * 0.125 + 0.5)
+        columns.append(centre_of(torch.randint(-limit, limit + 1, (num,)) + limit, 2 * limit + 1))
+    for side in (height, width):
+        count = side + (1 - int(side * 0.2 + 0.5) % 2)
+        columns.append(centre_of(torch.randint(0, count, (num,)), count))
+    actual = augment.diff_augment(images, FULL_POLICY, torch.stack(columns, dim=1))
     assert_near(actual, GOLDEN["full_policy_torch_seed_1234"])
-    assert torch.equal(torch.get_rng_state(), state)
+
+
+def centre_of(integers: Tensor, count: int) -> Tensor:
+    """Uniform numbers from the middles of the intervals that stand for these integers of 0 ... count - 1."""
+    return (integers + 0.5) / count
+
+
+def test_every_call_and_every_sample_has_draws_of_its_own():
+    images = torch.randn(1, 3, 16, 16).expand(4, -1, -1, -1)
+    draws = Draws(3, np.arange(4))
+    augmentation = augment.DiffAugment(FULL_POLICY, draws)
+    first, second = augmentation(images), augmentation(images)
+    assert len({image.sum().item() for image in torch.cat([first, second])}) == 8
+    again = augment.DiffAugment(FULL_POLICY, draws[1:3])  # the same samples in another micro-batch
+    assert torch.equal(again(images[1:3]), first[1:3]) and torch.equal(again(images[1:3]), second[1:3])
+    elsewhere = augment.DiffAugment(FULL_POLICY, draws.within("other"))(images)
+    assert not torch.equal(elsewhere, first)
 
 
 def test_color_is_its_three_steps_forward_and_backward():
@@ -87,7 +114,7 @@ def test_color_is_its_three_steps_forward_and_backward():
 def test_translation_and_cutout_match_loops_over_pixels():
     num_images, height, width = 40, 6, 11
     images = torch.randn(num_images, 2, height, width)
-    (shifts, centers) = augment.draw_augmentation(("translation", "cutout"), images.shape, images.device)
+    shifts, centers = (arguments_of(name, num_images, height, width) for name in ("translation", "cutout"))
     moved, cut = torch.zeros_like(images), images.clone()
     for n in range(num_images):
         for r in range(height):
@@ -106,18 +133,26 @@ def test_translation_and_cutout_match_loops_over_pixels():
 
 
 def test_draws_cover_their_range():
-    shape = torch.Size((2000, 3, 16, 15))
-    color, shifts, centers = augment.draw_augmentation(
-        augment.parse_policy(FULL_POLICY), shape, torch.device("cpu")
-    )
+    color, shifts, centers = (arguments_of(name, 2000, 16, 15) for name in FULL_POLICY)
     assert all(u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.03 for u in color)
     assert [(int(s.min()), int(s.max())) for s in shifts] == [
         (-2, 2),
         (-2, 2),
     ]  # int(16/8 + .5), int(15/8 + .5)
     assert [(int(c.min()), int(c.max())) for c in centers] == [(0, 15), (0, 14)]  # holes of 3 and 3: odd
-    (even,) = augment.draw_augmentation(("cutout",), torch.Size((2000, 3, 20, 20)), torch.device("cpu"))
+    even = arguments_of("cutout", 2000, 20, 20)
     assert int(even[0].max()) == 20  # a hole of 4: even
+    counts = (shifts[0] + 2).bincount()
+    assert (counts.double() / 2000 - 1 / 5).abs().max() < 0.04
+
+
+def test_the_largest_uniform_number_stays_inside():
+    """float32 products could round up to the number of positions."""
+    largest = torch.full((1, 2), 1 - 2.0**-24)
+    for side in range(5, 1200):
+        limit, count = int(side * 0.125 + 0.5), side + 1 - int(side * 0.2 + 0.5) % 2
+        assert augment.OPERATIONS["translation"].arguments(largest, side, side)[0] == limit
+        assert augment.OPERATIONS["cutout"].arguments(largest, side, side)[0] == count - 1
 
 
 def test_neutral_draws_change_nothing():
@@ -125,14 +160,15 @@ def test_neutral_draws_change_nothing():
     half, zero = torch.full((3,), 0.5), torch.zeros(3, dtype=torch.int64)
     torch.testing.assert_close(augment.color(images, half, half, half), images, rtol=0, atol=1e-6)
     assert torch.equal(augment.translation(images, zero, zero), images)
-    assert augment.diff_augment(images, "") is images
+    assert augment.diff_augment(images, (), torch.zeros(3, 0)) is images
 
 
 def test_second_derivative_exists():
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    u = torch.rand(2, 7)
 
     def augmented(x: Tensor) -> Tensor:
-        return augment.diff_augment(x.square(), FULL_POLICY, torch.Generator().manual_seed(0))
+        return augment.diff_augment(x.square(), FULL_POLICY, u)
 
     torch.autograd.gradcheck(augmented, images, fast_mode=True)
     torch.autograd.gradgradcheck(augmented, images, fast_mode=True)
@@ -140,12 +176,13 @@ def test_second_derivative_exists():
 
 def test_tiny_images_have_no_hole():
     images = torch.ones(4, 3, 2, 2)
-    assert torch.equal(augment.diff_augment(images, "cutout"), images)
+    assert torch.equal(augment.diff_augment(images, ("cutout",), torch.rand(4, 2)), images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtype_is_kept(dtype):
-    assert augment.diff_augment(torch.zeros(2, 3, 8, 8, dtype=dtype), FULL_POLICY).dtype == dtype
+    images = torch.zeros(2, 3, 8, 8, dtype=dtype)
+    assert augment.diff_augment(images, FULL_POLICY, torch.rand(2, 7)).dtype == dtype
     assert augment.blur(torch.zeros(2, 3, 8, 8, dtype=dtype), 1.0).dtype == dtype
 
 
@@ -163,7 +200,7 @@ def test_policy_is_parsed():
 )
 def test_wrong_policy(policy, message):
     with pytest.raises(UserError, match=message):
-        augment.diff_augment(torch.zeros(1, 3, 8, 8), policy)
+        augment.parse_policy(policy)
 
 
 @pytest.mark.parametrize("cur_nimg", BLUR_NIMG)

@@ -4,6 +4,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from training.curriculum import curriculum_weights
 from training.dcgan_loss import BEGANLoss, DCGANLoss, clip_weights_, make_dcgan_loss
 from training.discriminator.autoencoder import AutoencoderDiscriminator
 from training.discriminator.dcgan import CodeLogits, DCGANDiscriminator
+from training.draws import Draws
 from training.generator.dcgan import latent_inputs
 from training.presets import RECIPES, dcgan
 
@@ -42,7 +44,11 @@ def config_of(objective: str, loss: str = "gan", **critic: object) -> TrainConfi
 
 def make_batch(values: Tensor) -> Batch:
     """Real images whose means are `values`."""
-    return Batch(images_of(values), None, torch.randn(len(values), 100), None)
+    return batch_of(images_of(values), None, torch.randn(len(values), 100))
+
+
+def batch_of(images: Tensor, labels: Tensor | None, z: Tensor) -> Batch:
+    return Batch(images, labels, z, labels, Draws(0, np.arange(len(z))))
 
 
 def images_of(values: Tensor) -> Tensor:
@@ -119,9 +125,21 @@ def test_san_adds_the_direction_term_to_d_alone(objective):
     real, fake = torch.randn(N).double(), torch.randn(N).double()
     D = PixelMean(1.0)
     potential = san.OBJECTIVES[{"wgan": "wasserstein"}.get(objective, objective)].potential
-    gan, of_san = (losses(config_of(objective, kind), D, real, fake) for kind in ("gan", "san"))
+    configs = [replace(config_of(objective, kind), normalizes_san_weights=False) for kind in ("gan", "san")]
+    gan, of_san = (losses(config, D, real, fake) for config in configs)
     torch.testing.assert_close(of_san[0] - gan[0], potential(fake).mean() - potential(real).mean())
     assert of_san[1] == gan[1]
+
+
+@pytest.mark.parametrize("objective", ["saturating", "nonsaturating", "hinge", "soft_least_squares", "wgan"])
+def test_by_default_the_weights_of_the_direction_term_have_mean_1(objective):
+    real, fake = torch.randn(N).double(), torch.randn(N).double()
+    of_objective = san.OBJECTIVES[{"wgan": "wasserstein"}.get(objective, objective)]
+    gan, of_san = (losses(config_of(objective, kind), PixelMean(1.0), real, fake) for kind in ("gan", "san"))
+    means = [
+        (f * w / w.mean()).mean() for f in (fake, real) for w in [san.direction_weights(of_objective, f)]
+    ]
+    torch.testing.assert_close(of_san[0] - gan[0], means[0] - means[1])
 
 
 @pytest.mark.parametrize("head_kind", ["san", "gan"])
@@ -163,7 +181,7 @@ def test_infogan_subtracts_the_information_from_both_losses():
             return self(images, labels, augment), CodeLogits(categorical, uniform, uniform - 1)
 
     config = config_of("infogan")
-    batch = Batch(images_of(torch.randn(N).double()), None, torch.randn(N, 74), None)
+    batch = batch_of(images_of(torch.randn(N).double()), None, torch.randn(N, 74))
     fake, D, stats = images_of(torch.randn(N).double()), WithCodes(1.0), StatsCollector()
     codes = latent_inputs(batch.z, config.generator)[:, 62:]
     log_q = F.log_softmax(3 * torch.eye(10)[:N], dim=1)
@@ -191,7 +209,7 @@ def test_san_with_the_wasserstein_loss_has_the_gradients_of_a_plain_critic(c_dim
     D = DCGANDiscriminator(cfg, "san").double()
     labels = torch.arange(N) % 3 if c_dim else None
     real, fake = (torch.randn(N, 3, 8, 8).double() for _ in range(2))
-    batch = Batch(real, labels, torch.randn(N, 100), labels)
+    batch = batch_of(real, labels, torch.randn(N, 100))
     sum(make_dcgan_loss(config).discriminator_losses(D, fake, batch, 0, StatsCollector())).backward()
 
     critic = D.critics["critic0"]

@@ -4,6 +4,7 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from training.config import TrainConfig
 from training.dcgan_config import AutoencoderConfig
 from training.dcgan_loss import make_dcgan_loss
 from training.discriminator.kinds import new_discriminator
+from training.draws import Draws
 from training.generator.kinds import new_generator
 from training.presets import RECIPES, dcgan
 from training.train_step import StepContext, discriminator_step, generator_step
@@ -73,13 +75,15 @@ class Run:
         self.D.set_trainable_(False)
         self.G_optimizer = make_optimizer(self.G.parameters(), config.generator_optimizer)
         self.D_optimizer = make_optimizer(self.D.trainable_parameters(), config.discriminator_optimizer)
-        self.stats = StatsCollector()
+        self.stats, self.num_drawn = StatsCollector(), 0
         self.context = StepContext(config, make_dcgan_loss(config), self.stats)
 
     def draw(self) -> Batch:
         images, labels = draw_blobs(BATCH_SIZE)
         labels = labels if self.config.generator.c_dim else None
-        return Batch(images, labels, torch.randn(BATCH_SIZE, self.G.z_dim), labels)
+        self.num_drawn += BATCH_SIZE
+        draws = Draws(0, np.arange(self.num_drawn - BATCH_SIZE, self.num_drawn))
+        return Batch(images, labels, torch.randn(BATCH_SIZE, self.G.z_dim), labels, draws)
 
     def train(self, num_steps: int) -> None:
         for _ in range(num_steps):

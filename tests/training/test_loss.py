@@ -4,6 +4,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,14 @@ import san
 from torch_utils.stats import StatsCollector
 from training.batch import Batch
 from training.config import ConfigError, TrainConfig
-from training.loss import PAPER_MICROBATCH_SIZE, GuidanceClassifier, ProjectedGANLoss, path_length_penalty
+from training.draws import Draws
+from training.loss import (
+    PAPER_MICROBATCH_SIZE,
+    GuidanceClassifier,
+    ProjectedGANLoss,
+    path_length_penalty,
+    path_lengths,
+)
 from training.presets import stylegan_xl
 
 
@@ -27,10 +35,11 @@ def test_path_length_of_a_linear_generator():
     M, ws = torch.randn(5, 12, requires_grad=True), torch.randn(3, 2, 5, requires_grad=True)
     noise = torch.randn(3, 3, 2, 2)
     images = (ws.sum(dim=1) @ M).view(3, 3, 2, 2)
-    penalty, new_mean = path_length_penalty(images, ws, noise, torch.tensor(0.5), decay=0.1)
+    actual_lengths = path_lengths(images, ws, noise, keeps_graph=True)
     lengths = (noise.flatten(1) @ M.T).norm(dim=1)
+    torch.testing.assert_close(actual_lengths, lengths)
+    penalty = path_length_penalty(actual_lengths, lengths.detach().mean(), torch.tensor(0.5), decay=0.1)
     mean = 0.9 * 0.5 + 0.1 * lengths.mean()
-    torch.testing.assert_close(new_mean, mean.detach())
     expected = (lengths - mean).square()
     torch.testing.assert_close(penalty, expected)
     actual_gradient, expected_gradient, gradient_past_the_mean = (
@@ -39,6 +48,27 @@ def test_path_length_of_a_linear_generator():
     )
     torch.testing.assert_close(actual_gradient, expected_gradient)  # the mean sends gradients too
     assert (actual_gradient - gradient_past_the_mean).abs().max() > 0.05 * actual_gradient.abs().max()
+
+
+def test_path_length_penalty_of_parts_is_that_of_the_whole():
+    """Value and gradient: the gradient through the mean of all lengths is written down in each part."""
+    lengths, pl_mean = torch.rand(6, dtype=torch.float64).requires_grad_(), torch.tensor(0.3).double()
+    whole = (lengths - pl_mean.lerp(lengths.mean(), 0.2)).square()
+    parts = [path_length_penalty(x, lengths.detach().mean(), pl_mean, 0.2) for x in lengths.split([1, 3, 2])]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    expected, actual = (torch.autograd.grad(x.sum(), lengths)[0] for x in (whole, torch.cat(parts)))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_path_lengths_without_a_graph_are_the_same():
+    ws = torch.randn(3, 2, 5, requires_grad=True)
+    noise = torch.randn(3, 3, 2, 2)
+    M = torch.randn(5, 12)
+    lengths = [
+        path_lengths(torch.tanh(ws.sum(dim=1) @ M).view(3, 3, 2, 2), ws, noise, keeps_graph)
+        for keeps_graph in (False, True)
+    ]
+    assert torch.equal(*lengths) and [x.requires_grad for x in lengths] == [False, True]
 
 
 class ConstantLogits(nn.Module):
@@ -54,7 +84,8 @@ class ConstantLogits(nn.Module):
 
 
 def make_batch(images: torch.Tensor, labels: torch.Tensor | None = None) -> Batch:
-    return Batch(images, labels, torch.zeros(len(images), 4), labels)
+    draws = Draws(0, np.arange(len(images)))
+    return Batch(images, labels, torch.zeros(len(images), 4), labels, draws)
 
 
 def test_loss_does_not_depend_on_the_number_of_samples_and_adds_backbones():
@@ -67,8 +98,9 @@ def test_loss_does_not_depend_on_the_number_of_samples_and_adds_backbones():
         assert loss.generator_loss(D, images, make_batch(images), 10**6, stats).item() == pytest.approx(
             -0.25 + 3
         )
-        assert loss.fake_loss(D, images, None, 10**6, stats).item() == pytest.approx(1.25 + 0)
-        assert loss.real_loss(D, images, None, 10**6, stats).item() == pytest.approx(0.75 + 4)
+        batch = make_batch(images)
+        assert loss.fake_loss(D, images, batch, 10**6, stats).item() == pytest.approx(1.25 + 0)
+        assert loss.real_loss(D, batch, 10**6, stats).item() == pytest.approx(0.75 + 4)
 
 
 def test_san_adds_the_direction_term():
@@ -76,9 +108,10 @@ def test_san_adds_the_direction_term():
     images, stats = torch.zeros(3, 3, 16, 16), StatsCollector()
     san_loss, gan_loss = (ProjectedGANLoss(make_config(kind)) for kind in ("san", "gan"))
     real, fake = ConstantLogits(logits + 0.1), ConstantLogits(logits - 0.3)
-    for loss_name, D, sign in (("real_loss", real, -1), ("fake_loss", fake, 1)):
-        extra = getattr(san_loss, loss_name)(D, images, None, 0, stats) - getattr(gan_loss, loss_name)(
-            D, images, None, 0, stats
+    batch = make_batch(images)
+    for loss_name, D, inputs, sign in (("real_loss", real, (), -1), ("fake_loss", fake, (images,), 1)):
+        extra = getattr(san_loss, loss_name)(D, *inputs, batch, 0, stats) - getattr(gan_loss, loss_name)(
+            D, *inputs, batch, 0, stats
         )
         torch.testing.assert_close(extra, sign * D.logits[0].mean())
     same = (loss.generator_loss(fake, images, make_batch(images), 0, stats) for loss in (san_loss, gan_loss))
@@ -113,10 +146,10 @@ def test_all_images_are_blurred_early_and_left_alone_later():
     loss = ProjectedGANLoss(config)
     images = torch.randn(2, 3, 16, 16)
     batch = make_batch(images)
-    for term, condition in ((loss.generator_loss, batch), (loss.fake_loss, None), (loss.real_loss, None)):
+    for term, inputs in ((loss.generator_loss, (images,)), (loss.fake_loss, (images,)), (loss.real_loss, ())):
         D = ConstantLogits(torch.zeros(2, 4))
         for cur_nimg in (0, 150_000, 300_000):
-            term(D, images, condition, cur_nimg, stats)
+            term(D, *inputs, batch, cur_nimg, stats)
         deviations = [seen.std().item() for seen, _ in D.calls]
         assert deviations[0] < deviations[1] < deviations[2] == images.std().item()
 
@@ -124,9 +157,10 @@ def test_all_images_are_blurred_early_and_left_alone_later():
 def test_augmentation_is_the_policys():
     config, images = make_config("san"), torch.randn(2, 3, 16, 16)
     D = ConstantLogits(torch.zeros(2, 4))
-    ProjectedGANLoss(config).run_discriminator(D, images, None, 10**6)
+    draws = Draws(0, np.arange(2))
+    ProjectedGANLoss(config).run_discriminator(D, images, None, 10**6, draws)
     with_policy = replace(config, discriminator=replace(config.discriminator, augment_policy="translation"))
-    ProjectedGANLoss(with_policy).run_discriminator(D, images, None, 10**6)
+    ProjectedGANLoss(with_policy).run_discriminator(D, images, None, 10**6, draws)
     (_, without), (_, augment) = D.calls
     assert without is None
     constant = torch.ones(2, 3, 16, 16)

@@ -21,6 +21,7 @@ from torch import nn
 from torch_utils.stats import StatsCollector
 from training.config import TrainConfig
 from training.discriminator.projected import ProjectedDiscriminator
+from training.draws import Draws
 from training.loss import PAPER_MICROBATCH_SIZE, GuidanceClassifier, ProjectedGANLoss
 from training.presets import stylegan_xl
 from training.train_step import Batch, StepContext, discriminator_step, generator_step, path_length_step
@@ -76,13 +77,31 @@ class ToyGenerator(nn.Module):
         self.A, self.B = (nn.Parameter(torch.from_numpy(golden[f"cond/{name}"])) for name in "AB")
         self.E = nn.Parameter(torch.from_numpy(golden["cond/E"])) if is_conditional else None
 
-    def mapping(self, z, labels, update_emas=False):
+    def mapping(self, z, labels):
         w = z @ self.A.T if self.E is None else z @ self.A.T + self.E[labels]
         return w.unsqueeze(1).repeat(1, NUM_WS, 1)
 
     def synthesis(self, ws):
         mixed = sum((i + 1) / 10 * ws[:, i] for i in range(NUM_WS))
         return torch.tanh(mixed @ self.B.T).view(len(ws), *IMAGE_SHAPE)
+
+    def update_w_avg_(self, w, ids, num_moves):
+        """It has none."""
+
+
+class GivenNoise(Draws):
+    """Draws that are the golden file's."""
+
+    def __init__(self, noise: torch.Tensor) -> None:
+        super().__init__(0, np.arange(len(noise)))
+        object.__setattr__(self, "noise", noise)
+
+    def __getitem__(self, part):
+        return GivenNoise(self.noise[part])
+
+    def normal(self, purpose, *shape):
+        assert purpose == "noise"
+        return self.noise.view(-1, *shape).clone()
 
 
 class RecordingStats(StatsCollector):
@@ -115,7 +134,8 @@ class Case:
         if is_conditional:
             guidance = make_classifier(filled("pub.cls", json.loads(str(self.golden["cls_names"]))))
         names = ("real_img", "real_ids", "z", "gen_ids")
-        self.batch = Batch(*(torch.from_numpy(self.golden[name]) for name in names))
+        draws = Draws(0, np.arange(self.num_samples))
+        self.batch = Batch(*(torch.from_numpy(self.golden[name]) for name in names), draws)
         self.context = StepContext(self.config, ProjectedGANLoss(self.config, guidance), RecordingStats())
         self.context.cur_nimg = int(self.golden["cur_nimg"])
 
@@ -255,14 +275,14 @@ def test_directions_after_the_step_match_official(name, filled):
 
 
 @pytest.fixture
-def path_length(monkeypatch):
+def path_length():
     """Golden arrays, generator, batch of five latents and context; the noise is the golden one."""
     with np.load(DATA / "d_loss_san.npz") as data:
         golden = {key: data[key] for key in data.files if key.startswith(("pl/", "cond/"))}
     raw_noise = torch.from_numpy(golden["pl/noise"])
-    monkeypatch.setattr(torch, "randn_like", lambda images: raw_noise.view_as(images).clone())
     labels = torch.tensor([1, 2, 3, 4, 5])
-    batch = Batch(torch.zeros(5, 3, 16, 16), labels, torch.from_numpy(golden["pl/z"]), labels)
+    z = torch.from_numpy(golden["pl/z"])
+    batch = Batch(torch.zeros(5, 3, 16, 16), labels, z, labels, GivenNoise(raw_noise))
     config = make_config("san", 10, 5)
     context = StepContext(config, ProjectedGANLoss(config), RecordingStats())
     return golden, ToyGenerator(golden, is_conditional=True), batch, context
@@ -293,13 +313,13 @@ def test_gradients_differ_at_corners_only(kind, name, filled):
     corners = Corners(case.D)
     images = case.G.synthesis(case.G.mapping(case.batch.z, labels))
     loss = case.context.loss
-    arguments = (labels, case.context.cur_nimg, case.context.stats)
+    clock = (case.context.cur_nimg, case.context.stats)
     parts = {f"Gmain/grad_G/{n}": p for n, p in case.G.named_parameters()}
-    corners.explain(case, parts, loss.generator_loss(case.D, images, case.batch, *arguments[1:]))
+    corners.explain(case, parts, loss.generator_loss(case.D, images, case.batch, *clock))
 
     case.D.set_trainable_(True)
-    fake = loss.fake_loss(case.D, images.detach(), *arguments)
-    real = loss.real_loss(case.D, case.batch.images, case.batch.labels, *arguments[1:])
+    fake = loss.fake_loss(case.D, images.detach(), case.batch, *clock)
+    real = loss.real_loss(case.D, case.batch, *clock)
     parts = {k: case.D.get_parameter(n) for k, n in official_gradients(golden).items() if ".trunk." in n}
     parts = {k: p for k, p in parts.items() if np.abs(stored(golden, k)).max() > 1e-5}
     corners.explain(case, parts, fake + real)

@@ -50,7 +50,6 @@ class DCGANGenerator(nn.Module):
         c: Tensor | None = None,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
-        update_emas: bool = False,
     ) -> Tensor:
         """Latent inputs and one-hot class in one row, (N, 1, z_dim + c_dim): what stands in for style vectors.
 
@@ -79,10 +78,12 @@ class DCGANGenerator(nn.Module):
         c: Tensor | None = None,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
-        update_emas: bool = False,
     ) -> Tensor:
         """Images of latents (N, z_dim) and classes; arguments and errors as those of `mapping`."""
-        return self.synthesis(self.mapping(z, c, truncation_psi, truncation_cutoff, update_emas))
+        return self.synthesis(self.mapping(z, c, truncation_psi, truncation_cutoff))
+
+    def update_w_avg_(self, w: Tensor, ids: Tensor | None, num_moves: float) -> None:
+        """Nothing: there are no styles to average."""
 
 
 def latent_inputs(z: Tensor, cfg: DCGANGeneratorConfig) -> Tensor:

@@ -54,3 +54,7 @@ class Generator(nn.Module):
         """
         ws = self.mapping(z, c, truncation_psi, truncation_cutoff, update_emas)
         return self.synthesis(ws, update_emas=update_emas)
+
+    def update_w_avg_(self, w: Tensor, ids: Tensor | None, num_moves: float) -> None:
+        """Move the running mean of w as `MappingNetwork.update_w_avg_` does."""
+        self.mapping.update_w_avg_(w, ids, num_moves)

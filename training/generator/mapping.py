@@ -98,8 +98,8 @@ class MappingNetwork(nn.Module):
         """Style vectors, of each image the first `truncation_cutoff` (None = all) pulled to the mean by psi.
 
         z: (N, z_dim); c: one-hot (N, c_dim), ids (N,) or None. `update_emas` moves the running mean of w
-        first, with the vectors before truncation. Raises UserError for classes that do not fit (see
-        `labels_to_ids`).
+        first, with the vectors before truncation; training does so once per step (`update_w_avg_`). Raises
+        UserError for classes that do not fit (see `labels_to_ids`).
         """
         if z.ndim != 2 or z.shape[1] != self.cfg.z_dim:
             raise ValueError(
@@ -112,7 +112,7 @@ class MappingNetwork(nn.Module):
         ids = labels_to_ids(c, self.cfg.c_dim, len(z))
         w = self._map(z, ids)
         if update_emas:
-            self._update_w_avg(w.detach(), ids)
+            self.update_w_avg_(w, ids)
         if truncation_psi == 1:
             return w.unsqueeze(1).repeat(1, self.num_ws, 1)
         mean = self.w_avg if ids is None else self.w_avg[ids]
@@ -131,11 +131,14 @@ class MappingNetwork(nn.Module):
         return x
 
     @torch.no_grad()
-    def _update_w_avg(self, w: Tensor, ids: Tensor | None) -> None:
-        """One step of the mean per batch, or of a class's mean per sample of it, in the batch's order."""
+    def update_w_avg_(self, w: Tensor, ids: Tensor | None, num_moves: float = 1) -> None:
+        """Move the running mean of w towards a batch: a class's mean once per sample of it, in the batch's order.
+
+        w: (N, w_dim); ids: int64 (N,). Without classes (ids None) the mean moves `num_moves` times to the batch's.
+        """
         beta = self.cfg.w_avg_beta
         if ids is None:
-            self.w_avg.copy_(w.mean(dim=0).lerp(self.w_avg, beta))
+            self.w_avg.copy_(w.mean(dim=0).lerp(self.w_avg, beta**num_moves))
             return
         # Closed form of the sequential update: a sample decays once for each later one of its class.
         is_same = ids.unsqueeze(0) == ids.unsqueeze(1)  # (N, N)
