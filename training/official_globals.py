@@ -6,25 +6,9 @@ A name that is not listed here is refused. Nothing is ever imported by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from torch_utils.pickled_tensors import STORAGE_DTYPES, InertGlobal, InertModule, printable, refusal
 
-import torch
-
-from torch_utils.errors import UserError
-
-STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
+__all__ = ["InertGlobal", "InertModule", "is_known", "printable", "refusal"]
 
 # Everything in these modules and below them: what discriminators with their feature networks are made of.
 _MODULES = """
@@ -45,34 +29,6 @@ _KNOWN_MODULES = tuple(_MODULES.split())
 _KNOWN_NAMES = {module: frozenset(names.split()) for module, names in _NAMES.items()}
 
 
-class InertModule:
-    """What a pickled object held, without the object: `state` is its former `__dict__`, `name` its class.
-
-    A call that is not made gives one as well. Classes are named in full, those of `torch_utils.persistence`
-    (the networks) by their bare name.
-    """
-
-    name: str = ""
-    arguments: tuple[Any, ...] = ()
-    state: Any = None
-
-    def __init__(self, name: str, arguments: tuple[Any, ...] = (), state: Any = None) -> None:
-        self.name = name
-        self.arguments = arguments
-        if state is not None:
-            self.state = state
-
-
-class InertGlobal:
-    """A function or class that a pickle names. `rebuild` makes its objects; None = they are stand-ins."""
-
-    __slots__ = ("name", "rebuild")
-
-    def __init__(self, name: str, rebuild: Callable[..., Any] | None = None) -> None:
-        self.name = name
-        self.rebuild = rebuild
-
-
 def is_known(module: str, name: str) -> bool:
     """Whether an official file may contain `module.name`."""
     if module in _KNOWN_NAMES:
@@ -80,17 +36,3 @@ def is_known(module: str, name: str) -> bool:
     if "." in name:  # a dotted name reaches through a class to what that has imported
         return False
     return any(module == known or module.startswith(f"{known}.") for known in _KNOWN_MODULES)
-
-
-def refusal(module: str, name: str) -> UserError:
-    """The error for a name that no official file contains."""
-    return UserError(
-        f"refused the global {printable(f'{module}.{name}')}: only known parts of official files are read, no "
-        "code; use the official file, or convert it to .safetensors"
-    )
-
-
-def printable(text: str, max_length: int = 120) -> str:
-    """One line of `text` from a file, for a message."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * max_length]).split())
-    return line if len(line) <= max_length else f"{line[: max_length - 3]}..."

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from torch_utils.errors import UserError
+from torch_utils.pickle_machine import Budget, DamagedPickleError, PickleMachine
 from training.official_globals import InertGlobal, InertModule, is_known, printable, refusal
 from training.official_values import REBUILDERS
-from training.pickle_machine import Budget, DamagedPickleError, PickleMachine
 
 __all__ = ["MAX_OBJECT_BYTES", "InertModule", "load_official_pickle"]
 
