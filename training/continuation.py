@@ -1,64 +1,69 @@
 # SPDX-License-Identifier: MIT
-"""Going on with a run that stopped, from the networks of its last snapshot.
-
-Weights, image count and the best metric value go on as they were; optimizer moments and random numbers start anew, as
-in StyleGAN-XL's restarts.
-"""
+"""Going on with a run: which complete state to take, whether it fits today's settings, how far the run was."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from torch_utils.errors import UserError
-from training.network_io import NetworkFile, check_state, read_info, read_network
-
-if TYPE_CHECKING:
-    from training.initialization import Networks  # brings timm along
+from torch_utils.distributed import broadcast_object, is_main
+from training.config import TrainConfig
+from training.config_changes import check_changes, compare_configs
+from training.network_io import read_info
+from training.run_state import stored_config
+from training.state_file import FOLDER, StateFileError, find_state, list_states, load_state
 
 SNAPSHOT, BEST_MODEL = "network-snapshot.safetensors", "best_model.safetensors"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run has come."""
+class Continuation:
+    """A complete state that a run goes on from."""
 
-    cur_nimg: int = 0  # real images seen; 0 = nothing to go on from
-    pl_mean: float = 0.0  # running mean of path lengths
-    best_value: float | None = None  # first metric of best_model; None = not measured
+    path: Path  # its file
+    state: dict[str, Any]  # its contents, see run_state.py
+    notes: tuple[str, ...]  # for the log: settings that differ from those so far
 
+    @property
+    def cur_nimg(self) -> int:
+        """Real images seen."""
+        return self.state["others"]["clock"]["cur_nimg"]
 
-def read_progress(run_dir: Path) -> Progress:
-    """Progress of the run in a folder, from the files of its last snapshot. NetworkFileError for damaged ones."""
-    if not (run_dir / SNAPSHOT).exists():
-        return Progress()
-    info = read_info(run_dir / SNAPSHOT)
-    best = read_info(run_dir / BEST_MODEL).get("metrics", {}) if (run_dir / BEST_MODEL).exists() else {}
-    return Progress(
-        cur_nimg=int(info["cur_nimg"]),
-        pl_mean=float(info.get("pl_mean", 0.0)),
-        best_value=next(iter(best.values()), None),
-    )
+    def describe(self) -> str:
+        """For the log."""
+        return f"Continued at {self.cur_nimg / 1000:g} kimg from {self.path}."
 
 
-def continue_from_snapshot_(networks: Networks, run_dir: Path) -> str:
-    """Copy the weights of a folder's last snapshot into G, D and G_ema; returns a sentence that says so.
+def read_continuation(
+    run_dir: Path, config: TrainConfig, warn: Callable[[str], None] = print
+) -> Continuation | None:
+    """The newest whole state in a run folder, the same on all processes; None where no training has begun.
 
-    UserError when the snapshot does not hold what its run trains.
+    Raises UserError when the networks or the data of `config` are not the run's, and when there is no state, but there
+    are networks that a new start would overwrite.
     """
-    stored = read_network(run_dir / SNAPSHOT)
-    if stored.G is None or stored.D is None:
-        raise UserError(
-            f"{stored.path} lacks G or D, so its run cannot go on; move the folder away to start over"
-        )
-    for network, state in ((networks.G_ema, stored.G_ema), (networks.G, stored.G)):
-        check_state(network, state, stored.path)
-        network.load_state_dict(state)
-    networks.D.load_trained_state_dict(stored.D)
-    return _describe(stored)
+    path = broadcast_object(find_state(run_dir, warn) if is_main() else None)
+    if path is None:
+        if (run_dir / SNAPSHOT).exists():
+            raise StateFileError(
+                f"{run_dir} has networks but no complete state to go on from; start from its weights with --resume "
+                f"{run_dir / SNAPSHOT}, or move the folder away"
+            )
+        return None
+    state = load_state(path)
+    changes = compare_configs(stored_config(state, path), config)
+    check_changes(changes, run_dir)
+    cur_nimg = state["others"]["clock"]["cur_nimg"]
+    return Continuation(path, state, tuple(change.describe(cur_nimg) for change in changes))
 
 
-def _describe(stored: NetworkFile) -> str:
-    kimg = stored.info["cur_nimg"] / 1000
-    return f"Going on at {kimg:g} kimg from {stored.path}; the optimizers' moments start anew."
+def read_progress(run_dir: Path) -> int:
+    """Real images that the run in a folder has seen at what it saved last; 0 = nothing to go on from.
+
+    Raises NetworkFileError for a damaged snapshot.
+    """
+    snapshot = run_dir / SNAPSHOT
+    in_snapshot = int(read_info(snapshot)["cur_nimg"]) if snapshot.exists() else 0
+    return max(in_snapshot, *list_states(run_dir / FOLDER), 0)

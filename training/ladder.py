@@ -11,14 +11,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from training.config import ConfigError, TrainConfig
+from training.config_changes import compare_configs
 from training.continuation import BEST_MODEL, read_progress
 from training.presets import PRESETS
-
-# How a run is carried out and reported, not what it trains: these may change from one call to the next.
-FREE_FIELDS = {"microbatch_size", "tick_kimg", "snapshot_ticks", "benchmark", "data.num_workers", "path_stem"}
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,8 @@ def read_states(outdir: str, ladder: Ladder) -> dict[str, StageState]:
 
 
 def read_state(folder: Path, total_kimg: float) -> StageState:
-    """State of one stage. A stage without a snapshot has yet to start, whatever else its folder holds."""
-    cur_nimg = read_progress(folder).cur_nimg
+    """State of one stage. A stage that has saved nothing has yet to start, whatever else its folder holds."""
+    cur_nimg = read_progress(folder)
     if cur_nimg == 0:
         return StageState("to do")
     has_ended = cur_nimg >= total_kimg * 1000 and (folder / BEST_MODEL).exists()
@@ -108,28 +106,17 @@ def read_state(folder: Path, total_kimg: float) -> StageState:
 
 
 def check_unchanged(folder: Path, config: TrainConfig) -> None:
-    """Raise ConfigError naming the first field in which `config` differs from the run in the folder, if any."""
+    """Raise ConfigError naming the first field that is not free and differs from the run in the folder, if any."""
     path = folder / "training_options.json"
     if not path.exists():
         return
     try:
-        stored = _flatten(json.loads(path.read_text(encoding="utf-8")))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); restore it, or move the folder away") from error
-    wanted = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
-    for name in sorted(stored.keys() & wanted.keys() - FREE_FIELDS):
-        if stored[name] != wanted[name]:
+    for change in compare_configs(stored, config):
+        if change.effect != "free":
             raise ConfigError(
-                f"{folder} was trained with {name}={stored[name]}, and this command asks for {wanted[name]}; "
+                f"{folder} was trained with {change.name}={change.before}, and this command asks for {change.after}; "
                 "use the same settings, or another --outdir"
             )
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    items: dict[str, Any] = {}
-    for name, part in value.items():
-        items |= _flatten(part, f"{prefix}.{name}" if prefix else name)
-    return items

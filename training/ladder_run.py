@@ -14,13 +14,13 @@ import click
 import torch
 from tqdm import tqdm
 
-from training.cli import (
+from training.cli import end_run, read_options, summarize_run
+from training.cli_config import (
     build_config,
     check_refused,
     num_processes,
     override_networks,
     override_schedule,
-    summarize_run,
 )
 from training.cli_superres import add_stage_of_flags, is_stage_run
 from training.config import ConfigError, TrainConfig
@@ -39,6 +39,7 @@ from training.ladder_table import StageRow, format_table
 from training.memory import count_footprint
 from training.network_io import BUILTIN_NETWORKS, read_network
 from training.presets import PRESETS
+from training.processes import join_processes
 from training.sampling import pick_device
 from training.training_loop import Trainer
 
@@ -74,7 +75,7 @@ def run_ladder(flags: dict[str, Any]) -> None:
     if flags["dry_run"]:
         click.echo("Dry run: nothing was trained or written.")
         return
-    device = pick_device(flags["device"])
+    device = join_processes(flags["device"])
     check_ahead(ladder, states, flags)
     for stage in ladder.stages:
         if states[stage].is_over:
@@ -193,12 +194,14 @@ def check_data(stage: str, stage_flags: dict[str, Any]) -> None:
 
 
 def train_stage(ladder: Ladder, stage: str, flags: dict[str, Any], device: torch.device) -> None:
-    """Train one stage to its end, from its snapshot if there is one."""
+    """Train one stage to its end, exactly as it would have gone on where it was stopped."""
     folder = stage_folder(flags["outdir"], ladder, stage)
     config, dataset = build_config(flags_of_stage(stage, flags, stem_of(ladder, stage, flags)))
     check_unchanged(folder, config)
     click.echo(f"Stage {stage} in {folder}")
-    Trainer(config, dataset, device, flags["outdir"], stage, run_dir=folder).fit()
+    reason = Trainer(config, dataset, device, read_options(flags, stage), run_dir=folder).fit()
+    if reason is not None:
+        end_run(folder, reason)
 
 
 def _has_data(stage: str, stage_flags: dict[str, Any]) -> bool:

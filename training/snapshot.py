@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from torch_utils.checkpoint import atomic_copy
+from torch_utils.distributed import is_main
 from training.config import TrainConfig
+from training.continuation import BEST_MODEL, SNAPSHOT
 from training.dataset import ImageDataset
 from training.discriminator.kinds import AnyDiscriminator
 from training.generator.kinds import AnyGenerator
@@ -43,11 +47,17 @@ class SampleGrid:
         """Write the real images of the grid."""
         save_image_grid(self.real_images, path, drange=(0, 255), grid_size=self.grid_size)
 
+    def generate(self, G_ema: AnyGenerator) -> Tensor:
+        """What G_ema makes of the grid's latents and labels, float (N, C, H, W) in about [-1, 1], on the CPU."""
+        return torch.cat(list(self._generate(G_ema)))
+
+    def save(self, fake_images: Tensor, path: Path) -> None:
+        """Write images of `generate`."""
+        save_image_grid(fake_images, path, drange=(-1, 1), grid_size=self.grid_size)
+
     def save_fakes(self, path: Path, G_ema: AnyGenerator) -> None:
-        """Write what G_ema makes of the grid's latents and labels."""
-        save_image_grid(
-            torch.cat(list(self._generate(G_ema))), path, drange=(-1, 1), grid_size=self.grid_size
-        )
+        """Generate and write."""
+        self.save(self.generate(G_ema), path)
 
     @torch.inference_mode()
     def _generate(self, G_ema: AnyGenerator) -> Iterator[Tensor]:
@@ -65,7 +75,10 @@ class Snapshots:
     dataset: ImageDataset
     log: RunLog
     device: torch.device
-    best_value: float | None = None  # of the first metric; lower is better
+    best_value: float | None = None  # of best_model, by the first metric; lower is better
+    best_name: str | None = None  # of that metric; None = that of this run
+    keep_every_kimg: float = 0.0  # also keep a network file every so many thousand images; 0 = none
+    kept_nimg: int = 0  # images seen at the last of those
 
     def evaluate(self, G_ema: AnyGenerator, cur_nimg: int, snapshot: str) -> dict[str, float]:
         """Compute the run's metrics for G_ema and log them. Returns all values by name."""
@@ -108,17 +121,44 @@ class Snapshots:
         G_ema: AnyGenerator,
         cur_nimg: int,
         values: dict[str, float],
-        pl_mean: float = 0.0,
-    ) -> None:
-        """Write network-snapshot.safetensors, and best_model.safetensors if the first metric improved."""
-        value = next(iter(values.values()), None)
-        names = ["network-snapshot.safetensors"]
-        if value is None or self.best_value is None or value < self.best_value:
-            self.best_value = value
-            names.append("best_model.safetensors")
+    ) -> bool:
+        """Write network-snapshot.safetensors, and the same network as best_model and network-<images seen>, if due.
+
+        best_model is due when the first metric improved. False, with a warning in the log, if a file could not be
+        written: those that were there stay, and what was due is so at the next snapshot. The main process writes.
+        """
+        if not is_main():
+            return True
+        snapshot = self.run_dir / SNAPSHOT
         info = {"cur_nimg": cur_nimg, "metrics": values, **self._data_info}
-        if self.config.loss_terms.pl_weight:
-            info["pl_mean"] = pl_mean
-        for name in names:
-            path = self.run_dir / name
-            save_network(path, G_ema, G=G, D_state=D.trained_state_dict(), config=self.config, info=info)
+        with self.log.surviving(str(snapshot)):
+            save_network(snapshot, G_ema, G=G, D_state=D.trained_state_dict(), config=self.config, info=info)
+            name, value = next(iter(values.items()), (None, None))
+            if self.is_best(name, value):
+                atomic_copy(snapshot, self.run_dir / BEST_MODEL)
+                self.best_name, self.best_value = name, value
+            if self.keep_every_kimg and cur_nimg >= self.next_kept_nimg():
+                atomic_copy(snapshot, self.run_dir / f"network-{cur_nimg:09d}.safetensors")
+                self.kept_nimg = cur_nimg
+            return True
+        return False
+
+    def is_best(self, name: str | None, value: float | None) -> bool:
+        """Whether a network is to become best_model. Without a metric, or with another one than before, it is."""
+        if value is None or self.best_value is None or self.best_name not in (None, name):
+            return True
+        return value < self.best_value or (math.isnan(self.best_value) and not math.isnan(value))
+
+    def next_kept_nimg(self) -> float:
+        """Images seen from which on the next network file is kept for good: a multiple of keep_every_kimg."""
+        interval = self.keep_every_kimg * 1000
+        return (self.kept_nimg // interval + 1) * interval
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which network was best, and which was kept last."""
+        return {"best_name": self.best_name, "best_value": self.best_value, "kept_nimg": self.kept_nimg}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.best_name, self.best_value = state["best_name"], state["best_value"]
+        self.kept_nimg = state["kept_nimg"]

@@ -73,3 +73,25 @@ def test_nothing_reserves_the_name_and_is_left_out():
     result = stats.flush()
     assert list(result) == ["a", "b"]
     assert result["a"] == {"num": 2, "mean": 3.0, "std": 1.0}
+
+
+def test_a_state_takes_unflushed_values_along():
+    stats, other = StatsCollector(), StatsCollector()
+    stats.report("b", torch.tensor([1.0, 2.0]))
+    stats.report("a", torch.tensor([]))
+    other.report("of before", 1.0)
+    other.load_state_dict(stats.state_dict())
+    for collector in (stats, other):
+        collector.report("b", 0.1)
+        collector.report("c", 7)
+    assert stats.state_dict()["names"] == ["b", "a", "c"]
+    assert stats.flush() == other.flush() != {}
+    other.load_state_dict(StatsCollector().state_dict())
+    assert other.flush() == {}
+
+
+def test_a_state_of_several_processes_is_summed_by_one():
+    moments = torch.tensor([[[2.0, 3.0, 5.0]], [[1.0, 10.0, 100.0]]])  # (processes, names, 3)
+    stats = StatsCollector()
+    stats.load_state_dict({"names": ["a"], "moments": moments})
+    assert stats.flush()["a"] == {"num": 3, "mean": 13 / 3, "std": pytest.approx((35 - (13 / 3) ** 2) ** 0.5)}
