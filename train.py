@@ -5,9 +5,11 @@ python train.py --loss san --preset quickstart
 python train.py --loss san --cfg stylegan3-t --data my_images.zip --batch 64 --batch-gpu 8
 python train.py --loss san --ladder digits
 python train.py --cfg dcgan --objective wgan_gp --data digits
+torchrun --nproc-per-node=8 train.py --loss san --preset imagenet-16 --data imagenet_16.zip
 """
 
 import os
+import sys
 from typing import Any
 
 # Read once, when torch loads its OpenMP library. By default idle threads spin, and a process that shares a core with
@@ -16,9 +18,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
 
-from torch_utils.errors import UserError
+from torch_utils.errors import RunError, UserError
 from training.cli import run_training
 from training.cli_options import train_options
+from training.launch import launch, must_launch
+from training.processes import run_command
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,15 +33,19 @@ def main(**flags: Any) -> None:
     Start with: python train.py --loss san --preset quickstart
     """
     try:
+        if must_launch(flags["gpus"], flags["device"], flags["dry_run"]):
+            sys.exit(launch(flags["gpus"]))
         if flags["ladder"] is None:
             run_training(flags)
         else:
             from training.ladder_run import run_ladder  # imports timm and friends, which takes seconds
 
             run_ladder(flags)
-    except UserError as error:
-        raise click.ClickException(str(error)) from error
+    except (UserError, RunError) as error:
+        failure = click.ClickException(str(error))
+        failure.exit_code = error.exit_code if isinstance(error, RunError) else 1
+        raise failure from error
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
