@@ -152,6 +152,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             return self
         return ImageDataset(self._source, use_labels=self.c_dim > 0, channels=self.num_channels)
 
+    def take_notes(self) -> list[str]:
+        """What went wrong for a moment in reading since the last call, a line each."""
+        return self._source.take_notes()
+
     def close(self) -> None:
         """Release file handles; a later read opens them again."""
         self._source.close()

@@ -10,33 +10,29 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import struct
+import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from training.dataset_labels import LABEL_FILE, Annotations, DatasetError, NoLabelsError, parse_annotations
+from training.storage_errors import (
+    READ_ERRORS,
+    RETRY_DELAYS_S,
+    StorageError,
+    describe_error,
+    is_transient_error,
+)
+
+T = TypeVar("T")
 
 MAX_HASHED_FOLDER_BYTES = 2**30  # a larger folder has no content hash: computing it reads every file
 SUPPORTED_MODES = {1: ("L",), 3: ("RGB", "L")}  # channels -> Pillow's modes that can become so many
-READ_ERRORS = (
-    OSError,
-    SyntaxError,  # Pillow: broken PNG chunk
-    ValueError,
-    EOFError,
-    NotImplementedError,  # zipfile: unknown compression
-    RuntimeError,  # zipfile: encrypted member
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    Image.DecompressionBombError,
-)
 
 
 class ImageHeader(NamedTuple):
@@ -94,12 +90,31 @@ def hash_content(items: Iterable[tuple[int, int, int]]) -> str:
     return hashlib.sha256(repr(sorted(items)).encode()).hexdigest()[:16]
 
 
+def read_header(stream: BinaryIO) -> ImageHeader:
+    """Mode and size of an image file."""
+    with Image.open(stream) as image:
+        return ImageHeader(image.mode, *image.size)
+
+
+def read_image(stream: BinaryIO) -> tuple[ImageHeader, np.ndarray]:
+    """Header and pixels of an image file."""
+    with Image.open(stream) as image:
+        return ImageHeader(image.mode, *image.size), np.array(image)
+
+
+def read_checksum(stream: BinaryIO) -> tuple[int, int]:
+    """(CRC-32, bytes) of a file."""
+    content = stream.read()
+    return zlib.crc32(content), len(content)
+
+
 class FileSource:
     """Image files below one path, sorted by name as strings. Subclasses say how to list and open them."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.name = Path(os.path.abspath(path)).stem
+        self._notes: list[str] = []
         self.names = sorted(name for name in self._list_names() if has_image_suffix(name))
         if not self.names:
             raise DatasetError(f"{path}: no image files found; expected PNG or JPEG files, in any subfolder")
@@ -119,33 +134,51 @@ class FileSource:
 
     def header(self, index: int) -> ImageHeader:
         """Mode and size, without decoding. Raises DatasetError if the file is not an image."""
-        with self._reading(index) as stream, Image.open(stream) as image:
-            return ImageHeader(image.mode, *image.size)
+        return self._use(index, read_header)
 
     def read(self, index: int) -> tuple[ImageHeader, np.ndarray]:
         """Header and pixels, (H, W) or (H, W, channels). Raises DatasetError for a damaged file."""
-        with self._reading(index) as stream, Image.open(stream) as image:
-            return ImageHeader(image.mode, *image.size), np.array(image)
+        return self._use(index, read_image)
 
     def checksum(self, index: int) -> tuple[int, int]:
         """(CRC-32, bytes) of the file: equal for the same file in a folder and in a zip."""
-        with self._reading(index) as stream:
-            content = stream.read()
-            return zlib.crc32(content), len(content)
+        return self._use(index, read_checksum)
 
-    @contextmanager
-    def _reading(self, index: int) -> Iterator[BinaryIO]:
-        try:
-            with self._open(self.names[index]) as stream:
-                yield stream
-        except DatasetError:
-            raise
-        except READ_ERRORS as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            if isinstance(error, UnidentifiedImageError):  # Pillow's own text shows a memory address
-                reason = "its content is no image format that Pillow knows"
-            message = f"{self.location(index)}: not readable as an image ({reason}); replace or remove it"
-            raise DatasetError(message) from error
+    def _use(self, index: int, use: Callable[[BinaryIO], T]) -> T:
+        """What `use` makes of the opened file. Tried again while the storage fails for a moment."""
+        failures: list[Exception] = []
+        while True:
+            try:
+                with self._open(self.names[index]) as stream:
+                    result = use(stream)
+                break
+            except READ_ERRORS as error:
+                if not is_transient_error(error) or len(failures) == len(RETRY_DELAYS_S):
+                    raise self._unreadable(index, error, len(failures)) from error
+                failures.append(error)
+            self.close()  # a handle that went stale stays so
+            time.sleep(RETRY_DELAYS_S[len(failures) - 1])
+        if failures:
+            reason = describe_error(failures[-1])
+            self._notes.append(f"{self.location(index)}: read at attempt {len(failures) + 1} ({reason})")
+        return result
+
+    def _unreadable(self, index: int, error: Exception, failures: int) -> DatasetError:
+        if failures:
+            return StorageError(
+                f"{self.location(index)}: the storage still fails after {failures + 1} attempts "
+                f"({describe_error(error)}); check it, or copy the images to a local disk with --cache-data DIR"
+            )
+        if isinstance(error, DatasetError):
+            return error
+        return DatasetError(
+            f"{self.location(index)}: not readable as an image ({describe_error(error)}); replace or remove it"
+        )
+
+    def take_notes(self) -> list[str]:
+        """What went wrong for a moment since the last call, a line each."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def labels(self) -> np.ndarray:
         """Class id of every image, int64 (len(self),), read from `dataset.json`."""
@@ -284,6 +317,9 @@ class ArraySource:
 
     def content_hash(self) -> str:
         return hash_content((*self.checksum(i), int(self._labels[i])) for i in range(len(self)))
+
+    def take_notes(self) -> list[str]:
+        return []
 
     def close(self) -> None:
         """Nothing to release."""
