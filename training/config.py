@@ -138,7 +138,7 @@ class LossConfig:
     blur_fade_kimg: float = 300.0  # the blur reaches zero after so many thousand images; 0 = no blur
     pl_weight: float = 2.0  # weight of the path-length penalty; 0 = off
     pl_start_kimg: float = 1000.0  # path length starts after so many thousand images
-    pl_decay: float = 0.01  # step of the running mean of path lengths
+    pl_decay: float = 0.01  # step of the running mean of path lengths, per 64 images
     pl_batch_shrink: int = 2  # path length uses 1/N of a batch
     style_mixing_prob: float = 0.0  # probability of crossing over to a second latent
     cls_weight: float = 0.0  # classifier guidance as the paper's flag counts it; 0 = off
@@ -198,6 +198,9 @@ class TrainConfig:
     """One training run."""
 
     loss: Literal["san", "gan"] = "san"  # SAN heads and objective, or plain ones
+    normalizes_san_weights: bool = (
+        False  # SAN's weights r_J have mean 1 in every batch of real or fake images
+    )
     objective: str = "hinge"  # in san.OBJECTIVES; with --cfg dcgan also in PAIRED_OBJECTIVES, and "began"
     data: DataConfig  # training images
     generator: AnyGeneratorConfig  # G and G_ema

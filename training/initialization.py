@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_utils.sync_batch_norm import sync_batchnorm_
 from training.config import TrainConfig
 from training.dataset import ImageDataset
+from training.dcgan_loss import make_dcgan_loss
 from training.discriminator.feature_network import build_feature_network
 from training.discriminator.kinds import AnyDiscriminator, new_discriminator
 from training.discriminator.projected import ProjectedDiscriminator
@@ -21,9 +23,10 @@ from training.finetune.transfer_table import TransferPlan
 from training.generator.class_embedding import load_class_embedding, set_class_embedding_
 from training.generator.generator import Generator
 from training.generator.kinds import AnyGenerator, new_generator
+from training.loss import AdversarialLoss, GuidanceClassifier, ProjectedGANLoss
 from training.network_file import NetworkFile
 from training.network_io import read_network
-from training.superres import load_stem, reload_stem_, start_from_stem_
+from training.superres import freeze_stem_, load_stem, reload_stem_, start_from_stem_
 
 EMBEDDING_NETWORK = "tf_efficientnet_lite0"  # the network behind the official table: 320 pooled channels
 EMBEDDING_RESOLUTIONS = (
@@ -43,27 +46,40 @@ class Networks:
     G_ema: AnyGenerator  # moving average of G: the one to sample from
 
 
+def new_networks(config: TrainConfig, device: torch.device) -> Networks:
+    """Networks with random weights, what is not trained frozen. Raises UserError for missing pretrained weights."""
+    G = new_generator(config.generator).to(device)
+    D = new_discriminator(config.discriminator, head_kind=config.loss).to(device)
+    D.set_trainable_(False)  # only discriminator_step turns gradients on
+    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    if config.trains_head_only:
+        freeze_stem_(G, config.trains_stem_input)
+    if config.frozen_head_blocks:
+        D.freeze_blocks_(config.frozen_head_blocks)
+    if config.sync_batchnorm:
+        sync_batchnorm_(D)
+        sync_batchnorm_(G)  # --cfg dcgan's; others have none
+    return Networks(G, D, G_ema)
+
+
 def build_networks(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> tuple[Networks, str]:
     """Networks ready for the first step, and a text about where their weights come from.
 
     Raises UserError for weights that cannot be had or do not fit. Writes nothing.
     """
     start = None if config.resume is None else StartingPoint.read(config, dataset, device)
-    G = new_generator(config.generator).to(device)
-    D = new_discriminator(config.discriminator, head_kind=config.loss).to(device)
-    D.set_trainable_(False)  # only discriminator_step turns gradients on
-    set_class_embeddings_(G, D, config, dataset, device)
-    networks = Networks(G, D, copy.deepcopy(G).eval().requires_grad_(False))
+    networks = new_networks(config, device)
+    set_class_embeddings_(networks.G, networks.D, config, dataset, device)
+    networks.G_ema.load_state_dict(networks.G.state_dict())
     origin = "Networks start from random weights."
     stem = load_stem(config) if config.trains_head_only else None
     if stem is not None:
-        origin = start_from_stem_(G, networks.G_ema, D, stem, config)
+        origin = start_from_stem_(networks.G, networks.G_ema, networks.D, stem, config)
     if start is not None:
         origin = start_from_network_(networks, config, start)
         if stem is not None:
-            origin += "\n" + reload_stem_(G, networks.G_ema, stem, config)
+            origin += "\n" + reload_stem_(networks.G, networks.G_ema, stem, config)
     if config.frozen_head_blocks:
-        D.freeze_blocks_(config.frozen_head_blocks)
         origin += f"\nThe first {config.frozen_head_blocks} blocks of every head of D stay as they are."
     return networks, origin
 
@@ -167,3 +183,11 @@ def preview_start(config: TrainConfig, dataset: ImageDataset) -> str:
     D = ProjectedDiscriminator(config.discriminator, head_kind=config.loss, pretrained=False)
     D.freeze_blocks_(config.frozen_head_blocks)  # refuses too many
     return start.plan(config, G, D).table()
+
+
+def build_loss(config: TrainConfig, device: torch.device) -> AdversarialLoss:
+    """The loss that goes with the networks. Raises UserError for an objective that does not, or missing weights."""
+    if config.is_dcgan:
+        return make_dcgan_loss(config)
+    guidance = GuidanceClassifier.pretrained().to(device) if config.loss_terms.cls_weight else None
+    return ProjectedGANLoss(config, guidance)

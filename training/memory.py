@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from torch_utils.stats import StatsCollector
 from training.batch import Batch
 from training.config import TrainConfig
 from training.discriminator.projected import ProjectedDiscriminator
+from training.draws import Draws
 from training.generator.generator import Generator
 from training.loss import GuidanceClassifier, ProjectedGANLoss
 from training.superres import freeze_stem_
@@ -106,7 +108,8 @@ def count_activations(
         # One-hot: ids would be checked against their range, which needs values.
         classes = torch.zeros(num_images, c_dim, device=device) if c_dim else None
         images = G.synthesis(G.mapping(z, classes), force_fp32=force_fp32)
-        batch = Batch(images, labels, z, labels)
+        draws = Draws(config.seed, np.arange(num_images), device)
+        batch = Batch(images, labels, z, labels, draws)
         result = loss.generator_loss(D, images, batch, cur_nimg=0, stats=StatsCollector())
     del result
     return sum(kept.values())

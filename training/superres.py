@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 def start_from_stem_(
     G: Generator, G_ema: Generator, D: ProjectedDiscriminator, stem: Generator, config: TrainConfig
 ) -> str:
-    """Copy the stem into G and G_ema and freeze it in G; returns a sentence that says what is trained.
+    """Copy the stem into G, where it is frozen already, and G_ema; returns a sentence that says what is trained.
 
     Where config.embedding_source is "stem", a plain class-conditional D starts from the stem's class embeddings.
     """
     for network in (G, G_ema):
         copy_stem_(network, stem)
-    freeze_stem_(G, config.trains_stem_input)
     if config.embedding_source == "stem":
         D.set_class_embeddings_(stem.mapping.embed.weight.detach())
     num_trained = sum(p.numel() for p in G.parameters() if p.requires_grad)

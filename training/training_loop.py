@@ -3,242 +3,350 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+import numpy as np
 import torch
-from torch import Tensor
 
 from torch_utils import cpu
-from torch_utils.distributed import rank, world_size
+from torch_utils.checkpoint import atomic_write
+from torch_utils.distributed import (
+    average_batch_statistics_,
+    barrier,
+    broadcast_object,
+    check_replicas_equal,
+    describe_rank,
+    is_main,
+    rank,
+    world_size,
+)
 from torch_utils.ema import ema_beta, update_ema_
 from torch_utils.seeding import seed_everything
 from torch_utils.stats import StatsCollector
-from training.config import OptimizerConfig, TrainConfig, to_json
-from training.continuation import Progress, continue_from_snapshot_, read_progress
-from training.data_loader import InfiniteSampler, make_loader
+from training.batch import Batch, Reals
+from training.collapse_watch import CollapseWatch
+from training.config import TrainConfig, to_json
+from training.continuation import SNAPSHOT, read_continuation
+from training.data_loader import Batches, InfiniteSampler, make_loader
 from training.dataset import ImageDataset
-from training.dcgan_loss import make_dcgan_loss
 from training.direction_log import make_direction_log
-from training.initialization import build_networks
-from training.loss import AdversarialLoss, GuidanceClassifier, ProjectedGANLoss
-from training.run_log import RunLog, create_run_dir, open_run_dir
+from training.draws import Draws
+from training.health import Health, RollbackRequest
+from training.initialization import build_loss, build_networks, new_networks
+from training.optimizers import make_optimizer
+from training.out_of_memory import advise_on_memory
+from training.run_log import RunLog, claim_run_dir
+from training.run_options import RunOptions
+from training.run_state import RunParts, TrainState, capture, describe_data, restore_
 from training.snapshot import SampleGrid, Snapshots
-from training.train_step import Batch, StepContext, discriminator_step, generator_step, path_length_step
+from training.state_file import FOLDER as STATES
+from training.state_writer import StateWriter
+from training.stopping import StopReason, StopRequest
+from training.tick_report import TickReport
+from training.train_step import StepContext, discriminator_step, generator_step, path_length_step
+from training.watchdog import activity, note_iteration, write_line
 
-
-@dataclass
-class TrainState:
-    """What moves during training besides weights and optimizers."""
-
-    cur_nimg: int = 0  # real images seen
-    cur_iteration: int = 0  # optimizer iterations done
-    cur_tick: int = 0  # progress reports made
-    pl_mean: Tensor = field(default_factory=lambda: torch.zeros(()))  # running mean of path lengths
+OPTIONS_FILE = "training_options.json"
 
 
 class Trainer:
-    """One training run. `fit` trains and returns the run folder."""
+    """One training run, or the next part of one."""
 
     def __init__(
         self,
         config: TrainConfig,
         dataset: ImageDataset,
         device: torch.device,
-        outdir: str,
-        description: str,
+        options: RunOptions,
         run_dir: Path | None = None,
     ) -> None:
         """Raises UserError for what cannot be built; the run folder is made only after that.
 
-        run_dir: instead of making the next numbered folder in `outdir`, train here; a snapshot in it is gone on from.
+        run_dir: go on with the run in this folder, or begin it there; None = begin in the next numbered folder.
         """
         seed_everything(config.seed)
         configure_backends(config, device)
-        networks, origin = build_networks(config, dataset, device)
-        progress = Progress() if run_dir is None else read_progress(run_dir)
-        if progress.cur_nimg:
-            origin = continue_from_snapshot_(networks, run_dir)
-            seed_everything(config.seed + progress.cur_nimg)  # not the numbers of the run's beginning again
-        loss = build_loss(config, device)
-        loss.directions = make_direction_log(config, networks.D)
+        before = None if run_dir is None else read_continuation(run_dir, config)
+        if before is None:
+            networks, origin = build_networks(config, dataset, device)
+        else:
+            networks, origin = new_networks(config, device), before.describe()
         self.G, self.D, self.G_ema = networks.G, networks.D, networks.G_ema
-        self.config, self.dataset, self.device = config, dataset, device
-        self.run_dir = create_run_dir(outdir, description) if run_dir is None else open_run_dir(run_dir)
-        self.log = RunLog(self.run_dir, config.total_kimg, progress.cur_nimg)
-        content = dataset.content_hash or "not hashed, as it is a large folder"
-        self.log.print(f"Training on {dataset.name} (content {content}) on {device}. {origin}")
-        (self.run_dir / "training_options.json").write_text(to_json(config) + "\n", encoding="utf-8")
+        self.config, self.dataset, self.device, self.options = config, dataset, device, options
         trained = [p for p in self.G.parameters() if p.requires_grad]  # all but a stage's stem
         self.G_optimizer = make_optimizer(trained, config.generator_optimizer)
         self.D_optimizer = make_optimizer(self.D.trainable_parameters(), config.discriminator_optimizer)
-
+        self.loss = build_loss(config, device)
+        self.loss.directions = make_direction_log(config, self.D)
+        self.clock = TrainState(pl_mean=torch.zeros((), device=device))
         self.stats = StatsCollector()
-        self.context = StepContext(config, loss, self.stats, warn=self.log.print)
-        self.sampler = InfiniteSampler(
-            len(dataset), config.seed, rank(), world_size(), position=progress.cur_nimg
+        self.health = Health(
+            options.on_nonfinite, options.nonfinite_limit, (self.G, self.D, self.G_ema), self.saved_nimg
         )
+        self.parts = self.collect_parts()
+        notes = [] if before is None else [*before.notes, *restore_(self.parts, before.state, before.path)]
+        check_replicas_equal([*self.G.state_dict().items(), *self.D.state_dict().items()])
+
+        self.run_dir, self.lock = claim_run_dir(options, run_dir)
+        if is_main():
+            with atomic_write(self.run_dir / OPTIONS_FILE) as temporary:
+                temporary.write_text(to_json(config) + "\n", encoding="utf-8")
+        self.log = RunLog(
+            self.run_dir,
+            config.total_kimg,
+            self.clock.cur_nimg,
+            self.clock.total_seconds,
+            options.wandb_project,
+        )
+        self.describe_start([origin, *notes])
+        self.context = StepContext(config, self.loss, self.stats, warn=self.log.print, health=self.health)
         self.local_batch_size = config.batch_size // world_size()
-        self.loader = make_loader(
-            dataset, self.sampler, self.local_batch_size, config.data.num_workers, device
-        )
-        self.labels = torch.as_tensor(dataset.labels) if dataset.c_dim else None
+        self.loader = self.open_loader()
+        self.labels = torch.as_tensor(dataset.labels, device=device) if dataset.c_dim else None
         self.grid = SampleGrid(dataset, self.G.z_dim, device)
-        self.snapshots = Snapshots(config, self.run_dir, dataset, self.log, device, progress.best_value)
-        self.state = TrainState(
-            cur_nimg=progress.cur_nimg,
-            cur_iteration=progress.cur_nimg // config.nimg_per_iteration,
-            pl_mean=torch.tensor(progress.pl_mean, device=device),
+        self.watch = CollapseWatch(config, self.grid.real_images, self.grid.labels, self.log.print)
+        self.snapshots = Snapshots(
+            config, self.run_dir, dataset, self.log, device, keep_every_kimg=options.keep_every_kimg
+        )
+        for name, part in {"snapshots": self.snapshots, "watch": self.watch}.items():
+            self.parts.others[name] = part
+            if before is not None and name in before.state["others"]:
+                part.load_state_dict(before.state["others"][name])
+        self.writer = StateWriter(
+            self.run_dir / STATES, options.keep_last, self.log.print, before and before.cur_nimg
+        )
+        self.report = TickReport(self.stats, self.log)
+
+    def collect_parts(self) -> RunParts:
+        """All that moves while the run trains."""
+        others = {"clock": self.clock, "stats": self.stats, "health": self.health}
+        if self.loss.directions is not None:
+            others["directions"] = self.loss.directions
+        data = describe_data(self.dataset.content_hash, len(self.dataset))
+        return RunParts(
+            self.config, data, self.G, self.D, self.G_ema, self.G_optimizer, self.D_optimizer, others
         )
 
-    def fit(self) -> Path:
-        """Train for config.total_kimg thousand images."""
-        self.start()
-        while not self.is_done():
+    def describe_start(self, notes: list[str]) -> None:
+        """Say what is trained on what and from where."""
+        content = self.dataset.content_hash or "not hashed, as it is a large folder"
+        processes = "" if world_size() == 1 else f" with {world_size()} processes"
+        self.log.print(f"Training on {self.dataset.name} (content {content}) on {self.device}{processes}.")
+        for note in notes:
+            self.log.print(note)
+
+    def open_loader(self) -> Batches:
+        """This process's share of the real images, from where the run is."""
+        sampler = InfiniteSampler(
+            len(self.dataset), self.config.seed, rank(), world_size(), position=self.clock.cur_nimg
+        )
+        num_workers = self.config.data.num_workers
+        return make_loader(self.dataset, sampler, self.local_batch_size, num_workers, self.device, self.warn)
+
+    def warn(self, message: str) -> None:
+        """To the log; of other processes than the main one, which have none, to the terminal."""
+        if is_main():
+            self.log.print(message)
+        else:
+            write_line(f"{describe_rank()}: {message}")
+
+    def fit(self) -> StopReason | None:
+        """Train for config.total_kimg thousand images. Returns None, or why the run stopped early, its state saved.
+
+        Raises RunError when it cannot go on; what was saved before is intact.
+        """
+        try:
+            memory = advise_on_memory(self.config, self.device, self.describe_saved)
+            with memory, StopRequest(self.options.time_limit_s) as stop:
+                self.start()
+                reason = self.train_until(stop)
+                if reason is not None:
+                    self.stop(stop.cause)
+        finally:
+            self.loader.close()
+            self.writer.finish()
+            self.log.close()
+            self.lock.release()
+        return reason
+
+    def train_until(self, stop: StopRequest) -> StopReason | None:
+        """The loop: iterations and what is due between them, until the end (None) or a reason to stop."""
+        while True:
+            if self.is_tick_due():  # also the one that a run was stopped before
+                kind = "snapshot" if self.is_snapshot_due() else "tick"
+                if (reason := stop.poll(kind)) is not None:
+                    return reason
+                with stop.timed(kind):
+                    self.tick()
+            if self.is_done():
+                return None
+            if (reason := stop.poll()) is not None:
+                return reason
+            with stop.timed("iteration"):
+                self.iterate_safely()
+
+    def iterate_safely(self) -> None:
+        """An iteration, and what faulty gradients lead to."""
+        try:
             self.iterate()
-            if self.is_tick_due():
-                self.tick()
-        self.log.close()
-        return self.run_dir
+            self.health.enforce()
+        except RollbackRequest as request:
+            self.roll_back(str(request))
+
+    def stop(self, cause: str) -> None:
+        """Save the complete state before the end."""
+        self.save_state()
+        self.writer.finish()
+        self.log.print(f"Stopped at {self.clock.cur_nimg / 1000:g} kimg: {cause}.")
+        if is_main() and self.writer.saved_nimg != self.clock.cur_nimg:
+            self.log.print("Warning: the last state could not be saved; the run goes on from an older one.")
+
+    def roll_back(self, message: str) -> None:
+        """Undo the steps since the last complete state."""
+        self.log.print(message)
+        before = read_continuation(self.run_dir, self.config, self.log.print)
+        restore_(self.parts, before.state, before.path)
+        self.log.rewind(self.clock.cur_nimg)
+        self.loader.close()
+        self.loader = self.open_loader()
+        self.report.restart()
 
     def start(self) -> None:
         """Pictures and metrics before the first step; a run that goes on has them already."""
-        if self.state.cur_nimg == 0:
-            self.grid.save_reals(self.run_dir / "reals.png")
-            self.grid.save_fakes(self.run_dir / "fakes_init.png", self.G_ema)
+        if self.clock.cur_nimg == 0:
+            with self.log.surviving("a picture"):
+                if is_main():
+                    self.grid.save_reals(self.run_dir / "reals.png")
+                    self.grid.save_fakes(self.run_dir / "fakes_init.png", self.G_ema)
             if self.config.evaluate_at_start:
-                self.snapshots.evaluate(self.G_ema, cur_nimg=0, snapshot="initialisation")
-        self.tick_start_time, self.tick_start_nimg = time.time(), self.state.cur_nimg
+                self.evaluate("initialisation")
+        self.report.restart()
 
     def iterate(self) -> None:
         """One training iteration: G, path length every few iterations, D once or more, moving average."""
-        config, state, context = self.config, self.state, self.context
-        context.cur_nimg = state.cur_nimg
-        real_images, labels = self.next_reals()
-        generator_step(self.G, self.D, self.G_optimizer, self.draw_batch(real_images, labels), context)
+        config, clock, context = self.config, self.clock, self.context
+        context.cur_nimg, context.cur_iteration = clock.cur_nimg, clock.cur_iteration
+        reals = self.next_reals(step=0)
+        generator_step(self.G, self.D, self.G_optimizer, self.draw_batch(reals, "G"), context)
         if self.is_path_length_due():
-            batch = self.draw_batch(real_images, labels)
-            state.pl_mean = path_length_step(self.G, self.G_optimizer, batch, state.pl_mean, context)
+            batch = self.draw_batch(reals, "path_length")
+            clock.pl_mean = path_length_step(self.G, self.G_optimizer, batch, clock.pl_mean, context)
         for step in range(config.critic.num_steps):
             if step > 0:
-                real_images, labels = self.next_reals()
-            batch = self.draw_batch(real_images, labels)
-            discriminator_step(self.G, self.D, self.D_optimizer, batch, context)
+                reals = self.next_reals(step)
+            discriminator_step(self.G, self.D, self.D_optimizer, self.draw_batch(reals, "D"), context)
+        average_batch_statistics_(self.G, self.D)
         num_images = config.nimg_per_iteration
-        beta = ema_beta(num_images, state.cur_nimg, config.ema_halflife_kimg, config.ema_rampup)
+        beta = ema_beta(num_images, clock.cur_nimg, config.ema_halflife_kimg, config.ema_rampup)
         update_ema_(self.G_ema, self.G, beta)
-        state.cur_nimg += num_images
-        state.cur_iteration += 1
+        clock.cur_nimg += num_images
+        clock.cur_iteration += 1
         self.log.advance(num_images)
+        note_iteration(clock.cur_iteration)
 
-    def next_reals(self) -> tuple[Tensor, Tensor]:
-        """The next real images, float32 in [-1, 1], and their class ids."""
+    def next_reals(self, step: int) -> Reals:
+        """This process's share of the next real images, for step 0, 1, ... of D in the iteration."""
         images, labels = next(self.loader)
-        return images.to(torch.float32) / 127.5 - 1, labels
+        first = self.clock.cur_nimg + step * self.config.batch_size + rank()
+        places = first + world_size() * np.arange(self.local_batch_size)  # as the sampler deals them out
+        draws = Draws(self.config.seed, places, self.device, self.health.draws_scope)
+        return Reals(images.to(torch.float32) / 127.5 - 1, None if self.labels is None else labels, draws)
 
-    def draw_batch(self, real_images: Tensor, labels: Tensor | None) -> Batch:
-        """The given real images with fresh latents and fresh labels drawn from the training set.
+    def draw_batch(self, reals: Reals, scope: str) -> Batch:
+        """The real images with latents and labels, drawn from the training set, of the step named by `scope`.
 
         With `--cfg dcgan` fakes have the labels of the reals, as terms that compare the two need.
         """
-        num = self.local_batch_size
-        z = torch.randn(num, self.G.z_dim, device=self.device)
-        if self.labels is None:
-            return Batch(real_images, None, z, None)
-        if self.config.is_dcgan:
-            return Batch(real_images, labels, z, labels)
-        fake_labels = self.labels[torch.randint(len(self.labels), (num,))].to(self.device)
-        return Batch(real_images, labels, z, fake_labels)
+        draws = reals.draws.within(scope)
+        fake_labels = reals.labels
+        if self.labels is not None and not self.config.is_dcgan:
+            fake_labels = self.labels[draws.integers("label", 0, len(self.labels))]
+        return Batch(reals.images, reals.labels, draws.normal("z", self.G.z_dim), fake_labels, draws)
 
     def tick(self) -> None:
-        """Report progress; at snapshots also write images, metrics and networks."""
-        state, config = self.state, self.config
-        self.report_progress()
+        """Report progress; at snapshots also write images, metrics and networks; save the complete state."""
+        clock = self.clock
+        self.health.report(self.stats)
+        self.watch.look_at_stats(self.report.write(clock, self.loader), clock.cur_nimg)
+        self.writer.poll()
+        is_checkpoint = self.is_checkpoint_due()
         if self.is_snapshot_due():
-            kimg = state.cur_nimg / 1000
-            name = f"fakes{state.cur_nimg // 1000:06d}.png"
-            self.grid.save_fakes(self.run_dir / name, self.G_ema)
-            values = self.snapshots.evaluate(self.G_ema, state.cur_nimg, "network-snapshot.safetensors")
-            self.snapshots.save(
-                self.G, self.D, self.G_ema, state.cur_nimg, values, pl_mean=state.pl_mean.item()
-            )
-            self.log.print(
-                f"Wrote {name} and network-snapshot.safetensors at {kimg:g} of {config.total_kimg:g} kimg"
-            )
-        state.cur_tick += 1
-        self.tick_start_time, self.tick_start_nimg = time.time(), state.cur_nimg
+            self.snapshot()
+        clock.cur_tick += 1
+        clock.tick_start_nimg = clock.cur_nimg
+        if is_checkpoint:
+            self.save_state()
+        self.report.restart()
 
-    def report_progress(self) -> None:
-        """Write the statistics since the last tick and print one status line."""
-        state = self.state
-        elapsed = time.time() - self.log.start_time
-        tick_seconds = time.time() - self.tick_start_time
-        tick_kimg = max(state.cur_nimg - self.tick_start_nimg, 1) / 1000
-        progress = {
-            "Progress/tick": state.cur_tick,
-            "Progress/kimg": state.cur_nimg / 1000,
-            "Timing/total_sec": elapsed,
-            "Timing/sec_per_tick": tick_seconds,
-            "Timing/sec_per_kimg": tick_seconds / tick_kimg,
-            "Resources/cpu_mem_gb": psutil.Process().memory_info().rss / 2**30,
-        }
-        for name, value in progress.items():
-            self.stats.report(name, value)
-        stats = self.stats.flush()
-        self.log.write_stats(stats, state.cur_nimg)
-        means = {
-            name: stats[name]["mean"]
-            for name in ("Loss/G/loss", "Loss/D/loss", "Loss/signs/real", "Loss/signs/fake")
-        }
-        self.log.print(
-            f"tick {state.cur_tick:<4d} kimg {state.cur_nimg / 1000:<8.1f} time {elapsed:<7.0f} "
-            f"sec/kimg {tick_seconds / tick_kimg:<7.2f} G {means['Loss/G/loss']:<7.2f} D {means['Loss/D/loss']:<6.2f} "
-            f"signs real {means['Loss/signs/real']:<5.2f} fake {means['Loss/signs/fake']:<5.2f}"
-        )
+    def snapshot(self) -> None:
+        """Images, metrics and networks of this moment, written by the main process."""
+        kimg = self.clock.cur_nimg / 1000
+        name = f"fakes{self.clock.cur_nimg // 1000:06d}.png"
+        values = self.evaluate(SNAPSHOT)
+        diversity: dict[str, float] = {}
+        if is_main():
+            fake_images = self.grid.generate(self.G_ema)
+            diversity = self.watch.look_at_images(fake_images, self.clock.cur_nimg)
+            with self.log.surviving(name):
+                self.grid.save(fake_images, self.run_dir / name)
+            if self.snapshots.save(self.G, self.D, self.G_ema, self.clock.cur_nimg, values):
+                self.log.print(f"Wrote {name} and {SNAPSHOT} at {kimg:g} of {self.config.total_kimg:g} kimg")
+        for key, value in broadcast_object(diversity).items():  # all processes must report the same names
+            self.stats.report(key, value)
+
+    def evaluate(self, snapshot: str) -> dict[str, float]:
+        """The run's metrics of G_ema, by the main process; the others wait."""
+        values: dict[str, float] = {}
+        with activity("evaluation"):
+            if is_main():
+                values = self.snapshots.evaluate(self.G_ema, self.clock.cur_nimg, snapshot)
+            barrier()
+        return values
+
+    def save_state(self) -> None:
+        """Begin to write the complete state, from which the run can go on exactly."""
+        self.clock.total_seconds = self.log.total_seconds()
+        self.writer.submit(self.clock.cur_nimg, capture(self.parts))
+
+    def describe_saved(self) -> str:
+        """For the end of a run that fails."""
+        self.writer.finish()
+        if (nimg := self.writer.saved_nimg) is None:
+            return ""
+        return f"the state at {nimg / 1000:g} kimg is saved: go on with --resume {self.run_dir}"
+
+    def saved_nimg(self) -> int | None:
+        """Images seen at the last complete state on the disk, on all processes; None = there is none."""
+        self.writer.finish()
+        return broadcast_object(self.writer.saved_nimg)
 
     def is_done(self) -> bool:
         """True once total_kimg thousand images have been seen."""
-        return self.state.cur_nimg >= self.config.total_kimg * 1000
+        return self.clock.cur_nimg >= self.config.total_kimg * 1000
 
     def is_tick_due(self) -> bool:
         """True at the end, right after the first iteration, and every tick_kimg thousand images."""
-        first = self.state.cur_tick == 0
-        return (
-            self.is_done()
-            or first
-            or self.state.cur_nimg >= self.tick_start_nimg + self.config.tick_kimg * 1000
-        )
+        nimg = self.clock.cur_nimg - self.clock.tick_start_nimg
+        is_first = self.clock.cur_tick == 0
+        return nimg > 0 and (self.is_done() or is_first or nimg >= self.config.tick_kimg * 1000)
 
     def is_snapshot_due(self) -> bool:
         """True at the end and every snapshot_ticks ticks, but not at the first."""
         every = self.config.snapshot_ticks
-        return self.is_done() or (every > 0 and self.state.cur_tick > 0 and self.state.cur_tick % every == 0)
+        return self.is_done() or (every > 0 and self.clock.cur_tick > 0 and self.clock.cur_tick % every == 0)
+
+    def is_checkpoint_due(self) -> bool:
+        """True at every snapshot and every checkpoint_ticks ticks, but not at the first."""
+        every = self.options.checkpoint_ticks
+        return self.is_snapshot_due() or (
+            every > 0 and self.clock.cur_tick > 0 and self.clock.cur_tick % every == 0
+        )
 
     def is_path_length_due(self) -> bool:
         """True every reg_interval iterations once path length has started."""
         terms, interval = self.config.loss_terms, self.config.generator_optimizer.reg_interval
-        started = terms.pl_weight > 0 and self.state.cur_nimg >= terms.pl_start_kimg * 1000
-        return started and interval > 0 and self.state.cur_iteration % interval == 0
-
-
-def build_loss(config: TrainConfig, device: torch.device) -> AdversarialLoss:
-    """The loss that goes with the networks. Raises UserError for an objective that does not, or missing weights."""
-    if config.is_dcgan:
-        return make_dcgan_loss(config)
-    guidance = GuidanceClassifier.pretrained().to(device) if config.loss_terms.cls_weight else None
-    return ProjectedGANLoss(config, guidance)
-
-
-def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer with its learning rate and betas corrected for lazy regularisation."""
-    lr, betas = config.adjusted()
-    parameters = list(parameters)
-    if config.kind == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=lr, alpha=betas[1], eps=config.eps)
-    is_fused = parameters[0].device.type in ("cpu", "cuda")  # one pass over the weights instead of ten
-    return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=config.eps, fused=is_fused)
+        started = terms.pl_weight > 0 and self.clock.cur_nimg >= terms.pl_start_kimg * 1000
+        return started and interval > 0 and self.clock.cur_iteration % interval == 0
 
 
 def configure_backends(config: TrainConfig, device: torch.device) -> None:

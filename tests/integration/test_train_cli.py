@@ -245,7 +245,6 @@ def test_preset_on_other_data(tiny_folder):
         (["--classes-from", "mean"], "--classes-from mean belongs to --resume; add --resume FILE"),
         (["--time-limit", "3x"], "duration '3x' is not understood"),
         (["--batch-gpu", "all"], "'all' is neither a positive number of images nor auto"),
-        (["--gpus", "2"], "--gpus 2: training on several GPUs is not in this version"),
         (["--cfg", "stylegan3-t"], "--cfg stylegan3-t and --preset quickstart both choose the layers"),
         (
             ["--batch", "30", "--batch-gpu", "7"],

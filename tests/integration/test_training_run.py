@@ -22,6 +22,7 @@ from training.dataset import open_dataset
 from training.network_io import load_network, read_network
 from training.presets import quickstart
 from training.run_log import create_run_dir
+from training.run_options import RunOptions
 from training.snapshot import SampleGrid
 from training.training_loop import Trainer
 
@@ -71,9 +72,13 @@ def test_run_folder_holds_every_artefact(command):
         "metric-fd_lite0.jsonl",
         "best_model.safetensors",
         "network-snapshot.safetensors",
+        "checkpoints",
+        ".lock",
     }
+    states = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert states == ["state-000000048.pt", "state-000000064.pt"]
     summary = output[output.index("Done. Results:") :]
-    for name in names - events - {"network-snapshot.safetensors"}:
+    for name in names - events - {"network-snapshot.safetensors", "checkpoints", ".lock"}:
         assert name in summary
 
 
@@ -93,12 +98,12 @@ def test_statistics(command):
             *(f"Loss/{part}" for part in ("scores/fake", "scores/real", "signs/fake", "signs/real")),
             *("Loss/G/loss", "Loss/D/loss", "Progress/tick", "Progress/kimg", "Resources/cpu_mem_gb"),
             *("Timing/total_sec", "Timing/sec_per_tick", "Timing/sec_per_kimg"),
-            *("Gradients/Generator/skipped_steps", "Gradients/ProjectedDiscriminator/skipped_steps"),
+            *("Health/nonfinite_G", "Health/nonfinite_D", "Health/gradient_norm_G", "Timing/data_wait"),
         ):
             moments = line[name]
             assert set(moments) == {"num", "mean", "std"}
             assert moments["num"] >= 1 and np.isfinite([moments["mean"], moments["std"]]).all()
-        assert line["Gradients/Generator/skipped_steps"]["mean"] == 0
+        assert line["Health/nonfinite_G"]["mean"] == 0
         assert -1 <= line["Loss/signs/fake"]["mean"] <= 1
     assert [line["Loss/G/loss"]["num"] for line in lines] == [1, 2, 1]
     num_logits = [line["Loss/scores/real"]["num"] for line in lines]
@@ -116,7 +121,7 @@ def test_log(command):
     text = (command[0] / "log.txt").read_text()
     assert re.findall(r"^tick (\d+) ", text, flags=re.MULTILINE) == ["0", "1", "2"]
     assert (
-        f"Training on digits (content {DIGITS_HASH}) on cpu. Networks start from random weights." in text
+        f"Training on digits (content {DIGITS_HASH}) on cpu.\nNetworks start from random weights." in text
         and "fd_lite0 5 at 0.048 kimg" in text
     )
     assert "Warning" not in text
@@ -199,7 +204,9 @@ def unconditional(config: TrainConfig) -> TrainConfig:
 def run(config: TrainConfig, run_dir: Path) -> Path:
     data = config.data
     dataset = open_dataset(data.path, use_labels=data.use_labels, mirror=data.mirror, seed=data.seed)
-    return Trainer(config, dataset, CPU, str(run_dir), "test").fit()
+    trainer = Trainer(config, dataset, CPU, RunOptions(outdir=str(run_dir), description="test"))
+    trainer.fit()
+    return trainer.run_dir
 
 
 def tensors_of(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -303,7 +310,7 @@ def test_missing_guidance_weights_leave_no_folder(tmp_path, monkeypatch, tiny_co
     def pretrained():
         raise UserError("no pretrained weights")
 
-    monkeypatch.setattr("training.training_loop.GuidanceClassifier.pretrained", pretrained)
+    monkeypatch.setattr("training.initialization.GuidanceClassifier.pretrained", pretrained)
     with pytest.raises(UserError, match="no pretrained weights"):
         run(tiny_config(loss_terms=LossConfig(cls_weight=8.0)), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()

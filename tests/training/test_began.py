@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: MIT
 """BEGAN's equilibrium: a sequence by hand, its bounds, where it settles, and the measure."""
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import san
+from torch_utils.stats import StatsCollector
+from training.batch import Batch
 from training.began import convergence_measure, next_k
+from training.dcgan_loss import BEGANLoss
+from training.draws import Draws
+from training.presets import dcgan
 
 
 def k_of(k: float, real: float, fake: float, gamma: float = 0.5, k_lr: float = 0.1) -> float:
@@ -36,3 +44,32 @@ def test_measure():
     assert convergence_measure(real, fake, 0.5).item() == pytest.approx(0.8 + 0.1)
     assert convergence_measure(real, torch.tensor(0.4), 0.5).item() == pytest.approx(0.8)
     assert convergence_measure(real, torch.tensor(0.7), 0.5).item() == pytest.approx(0.8 + 0.3)
+
+
+class Shrinking(nn.Module):
+    """An autoencoder that gives a v for v, so that L(v) = |1 - a| mean |v|."""
+
+    def __init__(self, a: float, k: float) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(a, dtype=torch.float64))
+        self.register_buffer("k", torch.tensor(k, dtype=torch.float64))
+
+    def forward(self, images, labels, augment) -> dict[str, san.SANLogits]:
+        errors = (images - self.a * images).abs().flatten(1).mean(1, keepdim=True)
+        return {"autoencoder": san.SANLogits.plain(errors)}
+
+
+def test_losses_and_gradients_in_closed_form():
+    """D: |1 - a| (m_real - k m_fake), m the mean of |v|; G: |1 - a| m_fake, which pulls every pixel alike."""
+    loss, D, stats = BEGANLoss(dcgan("began")), Shrinking(a=0.75, k=0.25), StatsCollector()
+    real, fake = (torch.randn(4, 3, 8, 8, dtype=torch.float64) for _ in range(2))
+    fake.requires_grad_()
+    batch = Batch(real, None, torch.randn(4, 64), None, Draws(0, np.arange(4)))
+    balance = (real.abs().mean() - 0.25 * fake.abs().mean()).detach()
+    (of_D,) = loss.discriminator_losses(D, fake.detach(), batch, 0, stats)
+    torch.testing.assert_close(of_D, 0.25 * balance)
+    torch.testing.assert_close(torch.autograd.grad(of_D, D.a)[0], -balance)
+    of_G = loss.generator_loss(D, fake, batch, 0, stats)
+    torch.testing.assert_close(of_G, 0.25 * fake.detach().abs().mean())
+    (gradient,) = torch.autograd.grad(of_G, fake)
+    torch.testing.assert_close(gradient, 0.25 * fake.detach().sign() / fake.numel())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from training.dcgan_loss import make_dcgan_loss
 from training.direction_log import make_direction_log
 from training.discriminator.kinds import new_discriminator
 from training.discriminator.projected import ProjectedDiscriminator
+from training.draws import Draws
 from training.generator.kinds import new_generator
 from training.loss import ProjectedGANLoss
 from training.presets import RECIPES, dcgan, quickstart
@@ -56,7 +58,8 @@ def train(config: TrainConfig, num_steps: int) -> tuple[list[dict], dict[str, to
     for _ in range(num_steps):
         labels = torch.arange(BATCH_SIZE) % NUM_CLASSES if config.generator.c_dim else None
         images = torch.randn(BATCH_SIZE, 3, 8, 8).clamp(-1, 1)
-        batch = Batch(images, labels, torch.randn(BATCH_SIZE, config.generator.z_dim), labels)
+        draws = Draws(0, BATCH_SIZE * len(stats) + np.arange(BATCH_SIZE))
+        batch = Batch(images, labels, torch.randn(BATCH_SIZE, config.generator.z_dim), labels, draws)
         discriminator_step(G, D, optimizer, batch, context)
         stats.append(context.stats.flush())
     return stats, D.state_dict()
@@ -89,7 +92,7 @@ def test_every_head_of_a_projected_discriminator(tiny_generator_config, tiny_dis
     context.loss.directions = make_direction_log(config, D)
     labels = torch.arange(BATCH_SIZE) % NUM_CLASSES
     images = torch.randn(BATCH_SIZE, 3, 16, 16).clamp(-1, 1)
-    batch = Batch(images, labels, torch.randn(BATCH_SIZE, G.z_dim), labels)
+    batch = Batch(images, labels, torch.randn(BATCH_SIZE, G.z_dim), labels, Draws(0, np.arange(BATCH_SIZE)))
     optimizer = make_optimizer(D.trainable_parameters(), config.discriminator_optimizer)
     discriminator_step(G, D, optimizer, batch, context)
     stats = context.stats.flush()

@@ -5,6 +5,7 @@ import functools
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -13,6 +14,7 @@ from torch_utils.stats import StatsCollector
 from training.batch import Batch
 from training.config import TrainConfig
 from training.discriminator.projected import ProjectedDiscriminator
+from training.draws import Draws
 from training.generator.generator import Generator
 from training.loss import ProjectedGANLoss
 from training.memory import count_activations, count_bytes, count_footprint, count_numbers
@@ -87,7 +89,8 @@ def test_activations_are_what_a_real_step_keeps(trains_stem_input, tmp_path):
     loss, z, labels = ProjectedGANLoss(config), torch.randn(NUM_IMAGES, G.z_dim), torch.arange(NUM_IMAGES)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         images = G.synthesis(G.mapping(z, labels))
-        loss.generator_loss(D, images, Batch(images, labels, z, labels), 0, StatsCollector()).backward()
+        batch = Batch(images, labels, z, labels, Draws(0, np.arange(NUM_IMAGES)))
+        loss.generator_loss(D, images, batch, 0, StatsCollector()).backward()
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     assert counted == pytest.approx(peak_bytes(tmp_path / "trace.json"), rel=0.15)
 

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Gradient penalties: closed forms, a naive double backward by finite differences, and what SAN heads let through."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import san
+from training.batch import Batch
+from training.dcgan_loss import make_dcgan_loss
+from training.draws import Draws
 from training.penalties import (
     image_gradients,
     interpolate,
@@ -13,6 +19,7 @@ from training.penalties import (
     unit_norm_penalty,
     zero_norm_penalty,
 )
+from training.presets import dcgan
 
 SHAPE = (4, 2, 3, 3)
 
@@ -104,3 +111,40 @@ def test_points():
     points = perturb(real, torch.ones_like(real), torch.tensor([0.0, 1.0]))
     radius = 0.5 * (20 / 3) ** 0.5  # squares around the mean 2: 1 + 1 + 9 + 9
     torch.testing.assert_close(points.flatten(), torch.tensor([1.0, 3.0, -1 + radius, 5 + radius]))
+
+
+class Quadratic(nn.Module):
+    """f(x) = |x|^2 / 2, whose gradient is x: a penalty says where it looks. Keeps the images that it judged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.judged: list[torch.Tensor] = []
+
+    def forward(self, images, labels, augment) -> dict[str, san.SANLogits]:
+        self.judged.append(images.detach())
+        return {"critic0": san.SANLogits.plain(images.flatten(1).square().sum(1, keepdim=True) / 2)}
+
+
+@pytest.mark.parametrize("objective", ["wgan_gp", "dragan", "relativistic"])
+def test_each_objective_looks_at_its_own_points(objective):
+    """WGAN-GP between real and generated images, DRAGAN beside real ones, R1 and R2 at both; values by hand."""
+    config = dcgan(objective)
+    loss, D = make_dcgan_loss(replace(config, loss="gan")), Quadratic()
+    real, fake = torch.randn(6, 3, 4, 4), torch.randn(6, 3, 4, 4)
+    batch = Batch(real, None, torch.randn(6, 100), None, Draws(0, np.arange(6)))
+    value = loss.penalty(D, fake, batch, cur_nimg=0)
+    lengths = [points.flatten(1).norm(dim=1) for points in D.judged]
+    if objective == "relativistic":
+        assert torch.equal(D.judged[0], real) and torch.equal(D.judged[1], fake)
+        torch.testing.assert_close(value, lengths[0].square() + lengths[1].square())
+        return
+    (points,) = D.judged
+    torch.testing.assert_close(value, (lengths[0] - 1).square())
+    if objective == "wgan_gp":
+        places = ((points - real) / (fake - real)).flatten(1)
+        torch.testing.assert_close(places, places[:, :1].expand_as(places), rtol=1e-2, atol=1e-3)
+        assert places.min() > -1e-3 and places.max() < 1 + 1e-3 and places[:, 0].unique().numel() == 6
+    else:
+        steps = (points - real) / (0.5 * real.std())  # alpha times noise, both uniform in [0, 1)
+        assert steps.min() >= -1e-5 and steps.max() < 1
+        assert steps.flatten(1).std(dim=1).min() > 0.005  # noise, not one shift of all pixels

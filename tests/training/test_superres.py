@@ -27,6 +27,7 @@ from training.generator.generator import Generator
 from training.initialization import build_networks
 from training.network_io import read_network, save_network
 from training.presets import quickstart
+from training.run_options import RunOptions
 from training.superres import copy_stem_, freeze_stem_, load_stem
 from training.training_loop import Trainer
 
@@ -108,7 +109,7 @@ def dataset(tiny_folder):
 
 def make_trainer(config, dataset, tmp_path) -> Trainer:
     config = replace(config, data=replace(config.data, num_workers=0))
-    return Trainer(config, dataset, CPU, str(tmp_path / "runs"), "stage")
+    return Trainer(config, dataset, CPU, RunOptions(outdir=str(tmp_path / "runs"), description="stage"))
 
 
 # What is trained.

@@ -11,6 +11,7 @@ from typing import Any
 
 from training.cli_superres import is_stage_run
 from training.config import ConfigError, GeneratorConfig, TrainConfig
+from training.data_cache import local_path
 from training.dataset import ImageDataset, open_dataset
 from training.dataset_labels import NoLabelsError
 from training.network_file import NetworkFile
@@ -76,12 +77,13 @@ def open_data(
     data = config.data
     is_told = flags["cond"] is not None or flags["preset"] is not None or is_stage_run(flags)
     use_labels = data.use_labels if is_told else stored.generator_config.mapping.c_dim > 0
+    path = local_path(data.path, flags)
     try:
-        dataset = open_dataset(data.path, use_labels, data.mirror, data.max_size, data.seed)
+        dataset = open_dataset(path, use_labels, data.mirror, data.max_size, data.seed)
     except NoLabelsError:
         if is_told:
             raise
-        dataset = open_dataset(data.path, False, data.mirror, data.max_size, data.seed)
+        dataset = open_dataset(path, False, data.mirror, data.max_size, data.seed)
     if not is_stage_run(flags):
         check_resolution(stored, dataset.resolution, config, flags)
     return replace(config, data=replace(data, use_labels=dataset.c_dim > 0)), dataset
