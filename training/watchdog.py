@@ -59,12 +59,15 @@ class Watchdog:
         self._listener = Listener([r for r in sorted(heard) if r != self.rank], self.limits)
         self._neighbours = [r for r in neighbours if r != self.rank]
         self._mailbox.expect(self._listener.ranks)
+        self._rounds = 0  # in which the store has answered
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._guard = threading.Thread(target=self._watch_store, name="watchdog of the store", daemon=True)
 
     def start(self) -> None:
         """Begin to send and to listen."""
         self._send()  # at once: a rank that dies before its first heartbeat could not be missed
         self._thread.start()
+        self._guard.start()
 
     def stop(self) -> None:
         """An orderly end: the others must not miss this rank."""
@@ -103,6 +106,7 @@ class Watchdog:
             try:
                 self._one_round(elapsed)
                 self._last_contact = time.monotonic()
+                self._rounds += 1
             except RuntimeError as error:  # of the store; torch has no narrower class in all versions
                 self._lose_contact(error)
             self._look_for_launcher()
@@ -169,21 +173,40 @@ class Watchdog:
             write_line(failure.describe())
         if self.rank == 0:
             self.mark_shown()
+        if failure.rank == failure.reporter:
+            # It ends first: torchrun takes the first end for the cause.
+            time.sleep(2 * self.limits.interval_s)
         end_process(PEER_FAILED)
 
     def _lose_contact(self, error: Exception) -> None:
-        environment = self.environment
         try:
             self._mailbox.connect()
         except RuntimeError:
             if time.monotonic() - self._last_contact < CONTACT_S or self._stopped.is_set():
                 return
-            write_line(
-                f"Error: rank {self.rank} (host {self.beat.host}) has lost {environment.master_addr}:"
-                f"{environment.master_port}: the launcher there, rank 0, its machine or the network is down "
-                f"({str(error).strip().splitlines()[0][:200]})"
-            )
-            end_process(PEER_FAILED)
+            self._end_alone(str(error).strip().splitlines()[0][:200])
+
+    def _watch_store(self) -> None:
+        """The second thread. The first waits without end where the network is cut without a word (torch 2.15)."""
+        rounds, silence_s, last = 0, 0.0, time.monotonic()
+        while not self._stopped.wait(self.limits.interval_s):
+            now = time.monotonic()
+            # A pause of this process is no silence of the store.
+            silence_s += min(now - last, 2 * self.limits.interval_s)
+            last = now
+            if self._rounds != rounds:
+                rounds, silence_s = self._rounds, 0.0
+            elif silence_s >= self.limits.fail_silence_s:
+                self._end_alone(f"no answer for {silence_s:.0f} s")
+
+    def _end_alone(self, reason: str) -> None:
+        """End this process because the others are out of reach."""
+        environment = self.environment
+        write_line(
+            f"Error: rank {self.rank} (host {self.beat.host}) has lost {environment.master_addr}:"
+            f"{environment.master_port}: the launcher there, rank 0, its machine or the network is down ({reason})"
+        )
+        end_process(PEER_FAILED)
 
     def _look_for_launcher(self) -> None:
         if os.getppid() == self._parent or not any(name in os.environ for name in LAUNCHER_VARIABLES):

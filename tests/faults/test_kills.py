@@ -59,7 +59,7 @@ def test_one_process(harness, counts, straight: Path, tmp_path: Path) -> None:
 
 def test_two_processes(harness, counts, straight_pair: Path, tmp_path: Path) -> None:
     """SIGKILL of a run of two processes, or of one of them."""
-    killed = kill_often(harness, counts, tmp_path / "killed", 8, "--gpus", "2")
+    killed = kill_often(harness, counts, tmp_path / "killed", 6, "--gpus", "2")
     harness.assert_same_run(straight_pair, killed)
     assert counts.faults >= 4
 

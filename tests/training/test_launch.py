@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ import torch
 
 from torch_utils import distributed
 from torch_utils.errors import UserError
+from torch_utils.process_environment import ProcessEnvironment
 from training import watchdog
 from training.config import ConfigError
 from training.launch import must_launch, rank_variables
+from training.peer_report import Limits
 from training.processes import code_for_agent, join_processes, run_command
 from training.stopping import StopRequest
 
@@ -287,6 +290,39 @@ def test_interrupt_of_a_single_process_has_its_exit_code(monkeypatch, tmp_path, 
         run_command(interrupted)
     assert end.value.code == 130 and (tmp_path / "code").read_text() == "130\n"
     assert "Aborted!" in capsys.readouterr().err
+
+
+def test_store_that_never_answers_ends_the_process(monkeypatch):
+    """As when the network is cut without a word: torch's own time limit does not hold then."""
+    is_over, ends, lines = threading.Event(), [], []
+
+    class SilentMailbox:
+        def __init__(self, _environment: ProcessEnvironment) -> None: ...
+        def expect(self, _ranks: object) -> None: ...
+        def send_beat(self, _beat: object) -> None: ...
+        def read_beats(self, _ranks: object) -> dict:
+            return {}
+
+        def has_flag(self, _name: str) -> bool:
+            return False
+
+        def read_failure(self) -> None:
+            is_over.wait()
+
+    def end(code: int) -> None:
+        ends.append(code)
+        watched._stopped.set()
+        is_over.set()
+
+    monkeypatch.setattr(watchdog, "Mailbox", SilentMailbox)
+    monkeypatch.setattr(watchdog, "end_process", end)
+    monkeypatch.setattr(watchdog, "write_line", lines.append)
+    limits = Limits(interval_s=0.01, fail_silence_s=0.2)
+    watched = watchdog.Watchdog(ProcessEnvironment(1, 2, 0, 1, "10.0.0.1", 29500), limits)
+    watched.start()
+    assert is_over.wait(10)
+    assert ends == [watchdog.PEER_FAILED]
+    assert re.search(r"rank 1 \(host \S+\) has lost 10.0.0.1:29500: .*no answer for", lines[0])
 
 
 def test_who_launches(monkeypatch):
