@@ -153,7 +153,19 @@ assert not any(name.startswith("training.discriminator") for name in sys.modules
 """
 
 
-@pytest.mark.parametrize("program", [SAN_ALONE, GENERATOR_WITHOUT_TIMM], ids=["san", "generator"])
+COMMAND_LINE_WITHOUT_TIMM = """
+import sys
+sys.modules["timm"] = None
+import train
+train.main(["--help"])
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [SAN_ALONE, GENERATOR_WITHOUT_TIMM, COMMAND_LINE_WITHOUT_TIMM],
+    ids=["san", "generator", "train.py"],
+)
 def test_imports_with_other_packages_blocked(program: str):
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -52,9 +52,10 @@ def kill_often(harness, counts, outdir: Path, kills: int, *flags: str, recipe=No
 
 def test_one_process(harness, counts, straight: Path, tmp_path: Path) -> None:
     """SIGKILL of a run of one process, half of them inside a checkpoint write."""
-    killed = kill_often(harness, counts, tmp_path / "killed", NUM_KILLS)
-    harness.assert_same_run(straight, killed)
-    assert counts.faults == NUM_KILLS
+    while (before := counts.faults) < NUM_KILLS:  # a fast machine comes to the end of a run between two kills
+        killed = kill_often(harness, counts, tmp_path / f"killed-{before}", NUM_KILLS - before)
+        harness.assert_same_run(straight, killed)
+        assert counts.faults > before
 
 
 def test_two_processes(harness, counts, straight_pair: Path, tmp_path: Path) -> None:

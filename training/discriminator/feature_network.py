@@ -12,10 +12,7 @@ import difflib
 import functools
 import re
 
-import timm
 import torch
-from timm.layers import Conv2dSame
-from timm.models import EfficientNetFeatures
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,7 +78,7 @@ class CNNFeatures(FeatureNetwork):
                 "choose a network with maps at 1/4, 1/8, 1/16 and 1/32, such as tf_efficientnet_lite0"
             )
         self.channels = tuple(info.channels()[self._first :][:num_levels])
-        if isinstance(backbone, EfficientNetFeatures):  # stages behind the last tap would run for nothing
+        if is_efficientnet(backbone):  # stages behind the last tap would run for nothing
             last_stage = int(info.module_name()[self._first + num_levels - 1].removeprefix("blocks."))
             backbone.blocks = backbone.blocks[: last_stage + 1]
         self.requires_grad_(False).eval()
@@ -120,7 +117,9 @@ class CNNFeatures(FeatureNetwork):
         Halves the time on a CPU. Call after the weights are loaded: the layout changes.
         Only EfficientNets are known to be fit for it; other networks stay as they are.
         """
-        if isinstance(self.backbone, EfficientNetFeatures):
+        if is_efficientnet(self.backbone):
+            from timm.layers import Conv2dSame
+
             fold_batchnorm_(self.backbone, same_padding_type=Conv2dSame)
 
 
@@ -204,6 +203,8 @@ def build_feature_network(
     Raises ConfigError for a name that timm does not know or a network without suitable feature maps,
     UserError when the weights cannot be had.
     """
+    import timm  # here, as it takes seconds, which a run without feature networks need not wait for
+
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "timm.list_models() lists the names"
@@ -223,6 +224,13 @@ def build_feature_network(
         features.shift_statistics_()
     features.fold_batchnorm_()
     return features
+
+
+def is_efficientnet(backbone: nn.Module) -> bool:
+    """Whether timm built an EfficientNet for its feature maps."""
+    from timm.models import EfficientNetFeatures
+
+    return isinstance(backbone, EfficientNetFeatures)
 
 
 def resize(images: Tensor, resolution: int | None) -> Tensor:
