@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mean and covariance of features, gathered batch by batch in float64 on the CPU.
+"""Mean and covariance of features, gathered batch by batch in float64 on the device of the features.
 
 Only the sums are kept, so memory does not grow with the number of images, and sums of several processes can
 be merged. As in the reference implementation of FID, the covariance is divided by N, not by N - 1.
@@ -50,8 +50,15 @@ class FeatureStats:
             raise ValueError(f"features must have shape (N, D), got {tuple(features.shape)}")
         if self.max_items is not None:
             features = features[: self.max_items - self.num_items]
-        x = features.detach().cpu().double()  # in this order: MPS has no float64
-        self._add(x.shape[0], x.sum(dim=0), x.T @ x)
+        x = features.detach()
+        x = (x.cpu() if x.device.type == "mps" else x).double()  # MPS has no float64
+        if self._sum is None or self._outer_sum is None:
+            self._add(0, x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1]))
+        assert self._sum is not None and self._outer_sum is not None
+        self._check_width(x.shape[1])
+        self._sum += x.sum(dim=0)
+        self._outer_sum.addmm_(x.T, x)  # in place: a sum of its own is 34 MB of Inception's, moved twice
+        self.num_items += x.shape[0]
 
     def merge(self, other: FeatureStats) -> None:
         """Add the sums of `other`, of another process say. ValueError when that exceeds `max_items`."""
@@ -65,25 +72,41 @@ class FeatureStats:
     def _add(self, num_items: int, total: Tensor, outer: Tensor) -> None:
         if self._sum is None or self._outer_sum is None:
             self._sum, self._outer_sum = total.clone(), outer.clone()
-        elif self._sum.shape != total.shape:
-            raise ValueError(f"got {total.shape[0]} features per item after {self._sum.shape[0]} before")
         else:
+            self._check_width(total.shape[0])
             self._sum += total
             self._outer_sum += outer
         self.num_items += num_items
 
+    def _check_width(self, num_features: int) -> None:
+        if self._sum is not None and self._sum.shape[0] != num_features:
+            raise ValueError(f"got {num_features} features per item after {self._sum.shape[0]} before")
+
     def mean(self) -> Tensor:
-        """Mean of the features, float64 (D,). ValueError when nothing was appended."""
+        """Mean of the features, float64 (D,) on the CPU. ValueError when nothing was appended."""
         self._require_items()
         assert self._sum is not None
-        return self._sum / self.num_items
+        return self._sum.cpu() / self.num_items
 
     def covariance(self) -> Tensor:
-        """Covariance divided by N, float64 (D, D). ValueError when nothing was appended."""
+        """Covariance divided by N, float64 (D, D) on the CPU. ValueError when nothing was appended."""
         self._require_items()
         assert self._outer_sum is not None
         mean = self.mean()
-        return self._outer_sum / self.num_items - torch.outer(mean, mean)
+        return self._outer_sum.cpu() / self.num_items - torch.outer(mean, mean)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Sum (D,) and sum of outer products (D, D), float64 on the CPU. ValueError when nothing was appended."""
+        self._require_items()
+        assert self._sum is not None and self._outer_sum is not None
+        return self._sum.cpu(), self._outer_sum.cpu()
+
+    @classmethod
+    def from_sums(cls, num_items: int, total: Tensor, outer: Tensor) -> FeatureStats:
+        """Statistics with the sums of `num_items` features."""
+        stats = cls()
+        stats._add(num_items, total.double(), outer.double())
+        return stats
 
     def _require_items(self) -> None:
         if self.num_items == 0:
@@ -91,9 +114,8 @@ class FeatureStats:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sums as .npz, atomically; `load` reads them back."""
-        self._require_items()
-        assert self._sum is not None and self._outer_sum is not None
-        arrays = {"sum": self._sum.numpy(), "outer_sum": self._outer_sum.numpy()}
+        total, outer = self.sums()
+        arrays = {"sum": total.numpy(), "outer_sum": outer.numpy()}
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, format=np.array(_FORMAT), num_items=np.array(self.num_items), **arrays)
 
@@ -112,6 +134,4 @@ class FeatureStats:
             raise ValueError(f"{path} is not a readable statistics file: {error}") from error
         if num_items < 1 or total.ndim != 1 or outer.shape != (len(total), len(total)):
             raise ValueError(f"{path} is not a readable statistics file: its arrays do not fit together")
-        stats = cls()
-        stats._add(num_items, total.double(), outer.double())
-        return stats
+        return cls.from_sums(num_items, total, outer)

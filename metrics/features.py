@@ -8,7 +8,6 @@ with the weights that are installed with the package. Distances on it are called
 from __future__ import annotations
 
 import functools
-import hashlib
 from typing import Protocol
 
 import timm
@@ -17,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from metrics.image_input import check_images, full_precision, memory_format
+from metrics.weight_layers import hash_weights
 from torch_utils.pretrained import create_pretrained
 
 
@@ -53,21 +54,22 @@ class Lite0Detector:
         trunk = nn.Sequential(model.conv_stem, model.bn1, model.blocks)
         fold_batchnorm_(trunk)
         trunk.requires_grad_(False).eval()
-        self._trunk = trunk.to(self.device, memory_format=torch.channels_last)
+        self._layout = memory_format(self.device)
+        self._trunk = trunk.to(self.device, memory_format=self._layout)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """Features (N, 320), float32 on `device`, of uint8 images (N, 3 or 1, H, W); grey is repeated."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"expected uint8 (N, 3 or 1, H, W), got {images.dtype} {tuple(images.shape)}")
-        features = [self._embed(batch) for batch in images.split(self.batch_size)]
+        check_images(images)
+        with full_precision():
+            features = [self._embed(batch) for batch in images.split(self.batch_size)]
         return torch.cat(features) if features else torch.zeros(0, self.num_features, device=self.device)
 
     def _embed(self, images: Tensor) -> Tensor:
         x = images.to(self.device).float()
         x = x.expand(-1, 3, -1, -1) / 127.5 - 1  # = (x / 255 - 0.5) / 0.5
         x = resize_square(x, self.img_resolution)
-        return self._trunk(x.contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3))
+        return self._trunk(x.contiguous(memory_format=self._layout)).mean(dim=(2, 3))
 
 
 @functools.lru_cache(maxsize=2)
@@ -82,15 +84,6 @@ def resize_square(x: Tensor, side: int) -> Tensor:
         return x
     is_shrinking = x.shape[2] > side or x.shape[3] > side
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False, antialias=is_shrinking)
-
-
-def hash_weights(module: nn.Module, recipe: str) -> str:
-    """Hex digest of every name and value in the module's state, and of `recipe`."""
-    digest = hashlib.sha256(recipe.encode())
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def fold_batchnorm_(module: nn.Module) -> None:

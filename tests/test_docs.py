@@ -116,6 +116,7 @@ SCRIPT_FLAGS = {
         script: flags_of(script, "training/sampling_cli.py") | {"--help"}
         for script in ("gen_images.py", "gen_class_samplesheet.py", "gen_video.py")
     },
+    "calc_metrics.py": flags_of("training/score_options.py", "training/run_comparison.py") | {"--help"},
     "dataset_tool.py": flags_of("dataset_tool.py") | {"--help"},
     "tests/benchmarks/quickstart.py": flags_of("tests/benchmarks/quickstart.py") | {"--help"},
     "tests/benchmarks/san_evidence.py": flags_of("tests/benchmarks/san_evidence.py") | {"--help"},
@@ -147,6 +148,7 @@ def test_the_documents_are_there():
                 "evidence",
                 "fidelity",
                 "finetune",
+                "metrics",
                 "plugin",
                 "reproduce",
                 "san",

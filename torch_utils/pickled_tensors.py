@@ -123,7 +123,7 @@ def load_storage(data: Any) -> Tensor:
 
 
 def rebuild_tensor(flat: Any, offset: Any, size: Any, stride: Any, *_unused: Any) -> Tensor:
-    """The tensor of that shape in `flat`, as a view."""
+    """The tensor of that shape in `flat`, as a view. Raises DamagedPickleError if it does not lie within."""
     if not isinstance(flat, Tensor) or not is_shape(size) or not is_shape((*stride, offset)):
         raise DamagedPickleError("a tensor without a storage or a shape")
     if math.prod(size) > flat.numel():
@@ -137,6 +137,7 @@ def rebuild_tensor(flat: Any, offset: Any, size: Any, stride: Any, *_unused: Any
 
 
 def rebuild_parameter(data: Any, *_unused: Any) -> Tensor:
+    """A parameter, as a plain tensor."""
     if not isinstance(data, Tensor):
         raise DamagedPickleError("a parameter without a tensor")
     return data
@@ -150,4 +151,5 @@ def rebuild_with_attributes(function: Any, _type: Any, arguments: Any, _state: A
 
 
 def is_shape(value: Any) -> bool:
+    """Whether `value` is a tuple of at most 32 sizes."""
     return isinstance(value, tuple) and len(value) <= 32 and all(type(n) is int and n >= 0 for n in value)

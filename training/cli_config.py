@@ -24,6 +24,7 @@ from training.dataset import ImageDataset, open_dataset
 from training.dcgan_config import DCGANGeneratorConfig
 from training.finetune.settings import adapt_embedding, adopt_networks, open_data, recipe_of
 from training.generator.network_plan import plan_network
+from training.metric_schedule import check_best_key, parse_schedule
 from training.network_io import NetworkFile, read_network
 from training.presets import PRESETS, dcgan, stylegan_xl
 
@@ -103,11 +104,9 @@ def build_config(flags: dict[str, Any]) -> tuple[TrainConfig, ImageDataset]:
     check_san_form(config)
     if config.loss_terms.cls_weight and dataset.c_dim != 1000:
         raise ConfigError(f"--cls_weight needs the 1,000 ImageNet classes; {data.path} has {dataset.c_dim}")
-    if config.metrics:
-        from metrics.evaluate import check_metric  # training without metrics must not need the package
-
-        for name in config.metrics:
-            check_metric(name)
+    schedule = parse_schedule(config.metrics)
+    if config.best_by is not None:
+        check_best_key(config.best_by, schedule)
     config.validate(world_size=num_processes(flags))
     return config, dataset
 
@@ -212,6 +211,7 @@ def override_schedule(config: TrainConfig, flags: dict[str, Any]) -> TrainConfig
         snapshot_ticks=flags["snap"],
         seed=flags["seed"],
         metrics=flags["metrics"],
+        best_by=flags["best_by"],
         embedding_source=flags["embedding"],
         frozen_head_blocks=flags["freezed"],
         benchmark=None if flags["nobench"] is None else not flags["nobench"],

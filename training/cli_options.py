@@ -13,9 +13,9 @@ import click
 
 from training.cli_dcgan import parse_objective
 from training.config import ConfigError
+from training.durations import parse_duration
 from training.ladder import LADDER_NAMES
 from training.presets import PRESETS
-from training.run_options import parse_duration
 
 POSITIVE = click.IntRange(min=1)
 NOT_NEGATIVE = click.IntRange(min=0)
@@ -135,7 +135,9 @@ SCHEDULE = [
     click.option("--tick", type=POSITIVE_REAL, help="Thousands of images per progress report  [default: 4]"),
     click.option("--snap", type=NOT_NEGATIVE, help="Ticks per snapshot; 0 = only at the end  [default: 50]"),
     click.option("--metrics", metavar="NAME,..|none", callback=parse_names,
-                 help="Metrics at snapshots; the first picks best_model  [default: fd_lite0]"),
+                 help="Metrics at snapshots; NAME:5 at every fifth  [default: fid50k_full, or fd_lite0 on digits]"),
+    click.option("--best-by", metavar="KEY",
+                 help="Result of a metric that picks best_model  [default: the first of the first metric]"),
     click.option("--seed", type=NOT_NEGATIVE, help="Random seed  [default: 0]"),
     click.option("--nobench", **BOOL, help="Do not let cuDNN time its kernels  [default: 0]"),
     click.option("--desc", metavar="TEXT", help="Text to add to the run folder's name"),

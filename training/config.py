@@ -221,7 +221,8 @@ class TrainConfig:
         32  # measure SAN's conditions (SAN/* in the log) every N steps of D; 0 = never
     )
     snapshot_ticks: int = 50  # images, network file and metrics every N ticks; 0 = at the end only
-    metrics: tuple[str, ...] = ()  # names in metrics.evaluate; the first picks best_model
+    metrics: tuple[str, ...] = ()  # names in metrics.names, "name:5" for every fifth snapshot
+    best_by: str | None = None  # result that picks best_model; None = the first of the first metric
     evaluate_at_start: bool = False  # also compute the metrics before the first step
     ema_halflife_kimg: float  # half-life of G_ema's weights, thousands of images
     ema_rampup: float | None = (

@@ -23,7 +23,8 @@ Effect = Literal["free", "checked", "changes", "refused"]
 EFFECTS: dict[str, Effect] = {
     **dict.fromkeys(("microbatch_size", "benchmark", "data.num_workers", "path_stem"), "free"),
     **dict.fromkeys(("tick_kimg", "snapshot_ticks", "san_diagnostics_interval", "total_kimg"), "free"),
-    **dict.fromkeys(("metrics", "evaluate_at_start", "resume", "classes_from", "embedding_source"), "free"),
+    **dict.fromkeys(("metrics", "best_by", "evaluate_at_start"), "free"),
+    **dict.fromkeys(("resume", "classes_from", "embedding_source"), "free"),
     "data.path": "checked",
     **dict.fromkeys(
         (

@@ -131,11 +131,20 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
         A folder and a zip of the same files agree. Use it as the key of anything computed from this set.
         """
-        items = [
+        return self._digest(sorted(self._contents()))
+
+    def ordered_fingerprint(self) -> str:
+        """As `fingerprint`, and of the order: the key of anything that is kept item by item."""
+        return self._digest(self._contents())
+
+    def _contents(self) -> list[tuple[int | str, ...]]:
+        return [
             (*self._source.checksum(int(k)), int(label))
             for k, label in zip(self._kept, self.labels, strict=False)
         ]
-        text = repr((sorted(items), self.mirror, self.num_channels, self.c_dim))
+
+    def _digest(self, items: list[tuple[int | str, ...]]) -> str:
+        text = repr((items, self.mirror, self.num_channels, self.c_dim))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @functools.cached_property

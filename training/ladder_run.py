@@ -53,6 +53,7 @@ LADDER_FLAGS = {
         "tick",
         "snap",
         "metrics",
+        "best_by",
         "seed",
         "nobench",
     ),

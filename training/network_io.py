@@ -32,6 +32,7 @@ from training.safetensors_file import (
     is_safetensors,
     read_safetensors,
     read_safetensors_info,
+    read_safetensors_train_settings,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "load_network",
     "read_info",
     "read_network",
+    "read_train_settings",
     "resolve_path",
     "save_network",
 ]
@@ -111,6 +113,12 @@ def read_info(path: str | os.PathLike[str], offline: bool = False) -> dict[str, 
     """`NetworkFile.info` alone, without keeping any tensor. NetworkFileError when the file cannot be used."""
     file = resolve_path(path, offline)
     return _read(file, parts=("G_ema",)).info if _is_pickle(file) else read_safetensors_info(file)
+
+
+def read_train_settings(path: str | os.PathLike[str], offline: bool = False) -> dict[str, Any]:
+    """Configuration of the run that wrote one of our files, as plain values; {} = not recorded, or another kind."""
+    file = resolve_path(path, offline)
+    return {} if _is_pickle(file) else read_safetensors_train_settings(file)
 
 
 def build_generator(config: AnyGeneratorConfig, state: Mapping[str, Tensor], path: Path) -> AnyGenerator:

@@ -25,6 +25,7 @@ from training.cli_config import override, starting_config
 from training.cli_options import train_options
 from training.config import TrainConfig
 from training.ladder import find_ladder
+from training.metric_schedule import parse_schedule
 from training.network_io import read_network
 from training.presets import PRESETS
 from training.resume import parse_resume, read_run_config
@@ -128,8 +129,8 @@ def items_of_config(config: TrainConfig) -> list[Item]:
         items.append(Item(f"feature network {name}", lambda name=name: build_feature_network(name)))
     if not config.is_dcgan and config.loss_terms.cls_weight:
         items.append(Item(f"guidance classifier {GuidanceClassifier.NAME}", GuidanceClassifier.pretrained))
-    for metric in config.metrics:
-        items.append(Item(f"detector of metric {metric}", lambda metric=metric: _load_detector(metric)))
+    for name in detectors_of(config):
+        items.append(Item(f"detector {name} of metrics", lambda name=name: load_detector(name)))
     for file in (config.resume, config.path_stem):
         if file is not None and is_url(file):
             items.append(Item(f"network {file}", _reader(file)))
@@ -169,17 +170,22 @@ def _reader(file: str) -> Callable[[], object]:
     return lambda: read_network(file)
 
 
-def _load_detector(metric: str) -> object:
-    """The detector of a metric. Raises UserError for a metric that is not there."""
-    from metrics.evaluate import check_metric
-    from metrics.features import lite0_detector
+def detectors_of(config: TrainConfig) -> list[str]:
+    """Networks that the run's metrics compare images with."""
+    if not config.metrics:
+        return []
+    from metrics.names import get_plan
 
-    check_metric(metric)
-    if metric != "fd_lite0":
-        raise UserError(
-            f"metric {metric}: prefetch does not know its detector; run train.py once with a network"
-        )
-    return lite0_detector(torch.device("cpu"))
+    found = (get_plan(metric.name).detector for metric in parse_schedule(config.metrics))
+    return list(dict.fromkeys(name for name in found if name is not None))
+
+
+def load_detector(name: str) -> object:
+    """The network of metrics. Raises UserError when its weights cannot be had."""
+    from metrics.detectors import get_detector, get_lpips
+    from metrics.evaluate import LPIPS
+
+    return get_lpips() if name == LPIPS else get_detector(name)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from typing import Any
 import numpy as np
 
 from torch_utils.errors import UserError
+from training.json_lines import read_lines
+from training.metric_history import Tick, read_evaluations, unplaced_values, values_by_place
 
 STATS = "stats.jsonl"
+METRIC_FILES = "metric-*.jsonl"
 SEARCH_DEPTH = 2  # levels below a folder in which runs are looked for: those of runs, and of ladders
 MAX_LABEL = 30  # characters of a run's name that need no shortening
 
@@ -49,20 +52,23 @@ class RunCurves:
     stats: dict[str, Curve]  # mean of a statistic over each tick
     metrics: dict[str, Curve]  # results of evaluations, by the name of the result
     remarks: list[str] = field(default_factory=list)  # what the user should know about the files
+    unplaced: dict[str, list[float]] = field(default_factory=dict)  # results whose step is not known
 
 
-def find_runs(arguments: Sequence[str]) -> list[Path]:
+def find_runs(arguments: Sequence[str], marks: str = STATS) -> list[Path]:
     """Run folders that the arguments mean, without repeats: folders of runs or above them, or patterns of such.
 
-    Numbers in the names of folders found are ordered by value: digits-8 comes before digits-16. Raises UserError for
-    an argument that is no folder, or has no run in it.
+    marks: pattern of the files that make a folder a run. Numbers in the names of folders found are ordered by value:
+    digits-8 comes before digits-16. Raises UserError for an argument that is no folder, or has no run in it.
     """
     folders: dict[Path, Path] = {}
     for argument in arguments:
-        found = sorted((run for path in _expand(argument) for run in _runs_in(path)), key=_natural_order)
+        found = sorted(
+            (run for path in _expand(argument) for run in _runs_in(path, marks)), key=_natural_order
+        )
         if not found:
             raise UserError(
-                f"{argument} holds no {STATS}, nor does a folder in it ({SEARCH_DEPTH} levels down): it is neither a "
+                f"{argument} holds no {marks}, nor does a folder in it ({SEARCH_DEPTH} levels down): it is neither a "
                 "run nor a folder of runs; give those that train.py made"
             )
         for folder in found:
@@ -84,11 +90,11 @@ def _expand(argument: str) -> list[Path]:
     raise UserError(f"no such folder: {argument}")
 
 
-def _runs_in(folder: Path) -> list[Path]:
-    if (folder / STATS).exists():
+def _runs_in(folder: Path, marks: str) -> list[Path]:
+    if next(folder.glob(marks), None) is not None:
         return [folder]
-    patterns = ("*/" * depth + STATS for depth in range(1, SEARCH_DEPTH + 1))
-    return [file.parent for pattern in patterns for file in folder.glob(pattern)]
+    patterns = ("*/" * depth + marks for depth in range(1, SEARCH_DEPTH + 1))
+    return list(dict.fromkeys(file.parent for pattern in patterns for file in folder.glob(pattern)))
 
 
 def _natural_order(folder: Path) -> list[list[tuple[int, int, str]]]:
@@ -99,53 +105,40 @@ def _natural_order(folder: Path) -> list[list[tuple[int, int, str]]]:
 def read_run(folder: Path) -> RunCurves:
     """Curves of one run. A run before its first tick has none. Raises UserError for files that cannot be read."""
     remarks: list[str] = []
-    ticks = _drop_repeated(read_lines(folder / STATS, remarks), remarks)
-    kimg = np.array([place for place, _ in ticks])
-    hours = _training_hours([means.get("Timing/total_sec") for _, means in ticks])
+    lines = read_lines(folder / STATS, remarks) if (folder / STATS).exists() else ()
+    ticks = _drop_repeated(lines, remarks)
+    kimg = np.array([place for place, _, _ in ticks])
+    hours = _training_hours([means.get("Timing/total_sec") for _, means, _ in ticks])
     places: dict[str, list[int]] = {}
     values: dict[str, list[float]] = {}
-    for index, (_, means) in enumerate(ticks):
+    for index, (_, means, _) in enumerate(ticks):
         for name, value in means.items():
             places.setdefault(name, []).append(index)
             values.setdefault(name, []).append(value)
     stats = {name: _finite_curve(kimg[at], hours[at], np.array(values[name])) for name, at in places.items()}
+    times = [
+        Tick(place, timestamp, means.get("Timing/total_sec", 0.0))
+        for place, means, timestamp in ticks
+        if timestamp
+    ]
+    evaluations = [
+        evaluation
+        for file in sorted(folder.glob(METRIC_FILES), key=lambda file: file.name)
+        for evaluation in read_evaluations(file, times, remarks)
+    ]
     metrics = {
-        name: curve
-        for file in sorted(folder.glob("metric-*.jsonl"), key=lambda file: file.name)
-        for name, curve in _read_metric(file, kimg, hours, remarks).items()
+        name: _metric_curve(by_place, kimg, hours) for name, by_place in values_by_place(evaluations).items()
     }
-    return RunCurves(folder, _read_options(folder, remarks), kimg, hours, stats, metrics, remarks)
-
-
-def read_lines(file: Path, remarks: list[str]) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON lines file. Others are left out, which is added to `remarks` at the end."""
-    damaged, total, is_last_damaged = 0, 0, False
-    try:
-        with open(file, encoding="utf-8", errors="replace") as stream:
-            for text in stream:
-                total += 1
-                line = _parse_object(text)
-                is_last_damaged = line is None
-                damaged += is_last_damaged
-                if line is not None:
-                    yield line
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
-    if is_last_damaged:
-        damaged -= 1
-        remarks.append(
-            f"the last line of {file.name} was cut short, by a kill or as it is being written; left out"
-        )
-    if damaged:
-        remarks.append(f"{damaged} of the {total} lines of {file.name} are damaged and left out")
-
-
-def _parse_object(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+    return RunCurves(
+        folder,
+        _read_options(folder, remarks),
+        kimg,
+        hours,
+        stats,
+        metrics,
+        remarks,
+        unplaced_values(evaluations),
+    )
 
 
 def _means(line: dict[str, Any]) -> dict[str, float]:
@@ -156,9 +149,9 @@ def _means(line: dict[str, Any]) -> dict[str, float]:
 
 def _drop_repeated(
     lines: Iterable[dict[str, Any]], remarks: list[str]
-) -> list[tuple[float, dict[str, float]]]:
-    """Place and means of each line, rising. Where a run went back and trained again, the later lines count."""
-    kept: list[tuple[float, dict[str, float]]] = []
+) -> list[tuple[float, dict[str, float], float]]:
+    """Place, means and time of each line, rising. Where a run went back and trained again, the later lines count."""
+    kept: list[tuple[float, dict[str, float], float]] = []
     dropped = 0
     for line in lines:
         means = _means(line)
@@ -168,7 +161,8 @@ def _drop_repeated(
         while kept and kept[-1][0] >= place:
             kept.pop()
             dropped += 1
-        kept.append((place, means))
+        timestamp = line.get("timestamp")
+        kept.append((place, means, float(timestamp) if isinstance(timestamp, (int, float)) else 0.0))
     if dropped:
         remarks.append(
             f"{dropped} lines of {STATS} are left out, as the run went back and trained them again"
@@ -198,21 +192,11 @@ def _finite_curve(kimg: np.ndarray, hours: np.ndarray, values: np.ndarray) -> Cu
     return Curve(kimg[kept], hours[kept], values[kept])
 
 
-def _read_metric(file: Path, kimg: np.ndarray, hours: np.ndarray, remarks: list[str]) -> dict[str, Curve]:
-    """Curves of the results in one metric's file; an evaluation that was repeated counts once, the last one."""
-    values: dict[str, dict[float, float]] = {}
-    for line in read_lines(file, remarks):
-        place, results = _place(line, None), line.get("results")
-        if place is not None and isinstance(results, dict):
-            for name, value in results.items():
-                if isinstance(value, (int, float)):
-                    values.setdefault(name, {})[place] = float(value)
-    curves = {}
-    for name, by_place in values.items():
-        at = np.array(sorted(by_place))
-        when = np.interp(at, np.concatenate([[0.0], kimg]), np.concatenate([[0.0], hours]))
-        curves[name] = _finite_curve(at, when, np.array([by_place[place] for place in at]))
-    return curves
+def _metric_curve(by_place: dict[float, float], kimg: np.ndarray, hours: np.ndarray) -> Curve:
+    """kimg -> value as a curve; hours are those of the ticks around."""
+    at = np.array(list(by_place))
+    when = np.interp(at, np.concatenate([[0.0], kimg]), np.concatenate([[0.0], hours]))
+    return _finite_curve(at, when, np.array(list(by_place.values())))
 
 
 def _read_options(folder: Path, remarks: list[str]) -> dict[str, Any]:

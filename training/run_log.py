@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -24,7 +23,9 @@ from torch_utils.checkpoint import atomic_write, remove_temporary_files
 from torch_utils.distributed import broadcast_object, is_main
 from torch_utils.errors import UserError
 from torch_utils.growing_file import GrowingFile
+from training.durations import format_duration
 from training.event_sinks import TensorBoardEvents, open_wandb
+from training.metric_records import MetricRecord, metric_file
 from training.relaunch import remember_run_folder
 from training.run_options import RunOptions
 
@@ -159,24 +160,15 @@ class RunLog:
         self._stats.append(json.dumps({"cur_nimg": cur_nimg, **stats, "timestamp": time.time()}))
         self._write_scalars({name: moments["mean"] for name, moments in stats.items()}, cur_nimg)
 
-    def write_metric(
-        self, name: str, results: dict[str, float], cur_nimg: int, snapshot: str, seconds: float
-    ) -> None:
-        """Append one line to metric-<name>.jsonl and the values to TensorBoard."""
+    def write_metric(self, record: MetricRecord, cur_nimg: int) -> None:
+        """Append a line to metric-<name>.jsonl, and the values to TensorBoard at step `cur_nimg`."""
         if not self._is_main:
             return
-        line: dict[str, Any] = {
-            "results": results,
-            "metric": name,
-            "cur_nimg": cur_nimg,
-            "snapshot": snapshot,
-            "total_time": seconds,
-            "timestamp": time.time(),
-        }
+        name = record.metric
         if name not in self._metrics:
-            self._metrics[name] = GrowingFile(self.run_dir / f"metric-{name}.jsonl", self._warn)
-        self._metrics[name].append(json.dumps(line))
-        self._write_scalars({f"Metrics/{key}": value for key, value in results.items()}, cur_nimg)
+            self._metrics[name] = GrowingFile(self.run_dir / metric_file(name), self._warn)
+        self._metrics[name].append(record.to_json())
+        self._write_scalars({f"Metrics/{key}": value for key, value in record.results.items()}, cur_nimg)
 
     def rewind(self, cur_nimg: int) -> None:
         """Forget the lines of steps beyond `cur_nimg` images, which are trained again."""
@@ -227,19 +219,6 @@ def cut_logs(run_dir: Path, last_nimg: int) -> None:
                 f"{path} holds lines of steps to be trained again, and cannot be rewritten ({error.strerror}); make "
                 "room, or make the run folder writable"
             ) from error
-
-
-def format_duration(seconds: float) -> str:
-    """Such as 45s, 12m05s, 3h05m or 2d07h.
-
-    >>> format_duration(11100)
-    '3h05m'
-    """
-    seconds = round(seconds)
-    for size, unit, part_size, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // part_size:02d}{part}"
-    return f"{seconds}s"
 
 
 def _nimg_of(line: str) -> int:

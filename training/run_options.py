@@ -6,14 +6,9 @@ These may change from one part of a run to the next without changing its network
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from training.config import ConfigError
-
-UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,22 +31,3 @@ class RunOptions:
     wandb_project: str | None = None  # also log to this project of Weights & Biases; None = not
     description: str = ""  # name of the run folder after its number
     outdir: str = "runs"  # where numbered run folders go
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of "3h50m", "90m", "1d", "45s" or a plain number of seconds. Raises ConfigError.
-
-    >>> parse_duration("3h50m")
-    13800.0
-    """
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        seconds = float(text)
-    elif re.fullmatch(r"(\d+(\.\d+)?[dhms])+", text):
-        seconds = sum(float(n) * UNITS[unit] for n, unit in re.findall(r"(\d+(?:\.\d+)?)([dhms])", text))
-    else:
-        seconds = 0.0
-    if seconds <= 0:
-        raise ConfigError(
-            f"duration {text!r} is not understood; write it as 3h50m, 90m, 1d or a number of seconds"
-        )
-    return seconds

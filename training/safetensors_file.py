@@ -44,14 +44,23 @@ def read_safetensors(path: Path, parts: Parts = PARTS) -> NetworkFile:
 
 def read_safetensors_info(path: Path, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
     """`NetworkFile.info` alone, without reading any tensor."""
+    return _read_table(path, "info", metadata)
+
+
+def read_safetensors_train_settings(path: Path) -> dict[str, Any]:
+    """Configuration of the run that wrote the file, as plain values; {} = not recorded."""
+    return _read_table(path, "train", None)
+
+
+def _read_table(path: Path, key: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     metadata = _read_metadata(path) if metadata is None else metadata
     try:
-        info = json.loads(metadata.get("info", "{}"))
+        table = json.loads(metadata.get(key, "{}"))
     except (ValueError, RecursionError) as error:
-        raise NetworkFileError(f"{path}: its info is not JSON; write or download the file again") from error
-    if not isinstance(info, dict):
-        raise NetworkFileError(f"{path}: its info is not a table; write or download the file again")
-    return info
+        raise NetworkFileError(f"{path}: its {key} is not JSON; write or download the file again") from error
+    if not isinstance(table, dict):
+        raise NetworkFileError(f"{path}: its {key} is not a table; write or download the file again")
+    return table
 
 
 def is_safetensors(start: bytes) -> bool:

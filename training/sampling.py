@@ -22,6 +22,8 @@ from training.generator.dcgan import DCGANGenerator
 from training.generator.kinds import AnyGenerator
 
 LARGEST_SEED = 2**32 - 1  # of NumPy's legacy generator
+PIXELS_PER_PASS = 2**22  # of a generator for metrics: 64 images of 256 x 256, 4 of 1024 x 1024 as officially
+STREAM_BLOCK = 1024  # samples drawn at a time at least; does not change the sequence
 MAX_SEEDS = 1_000_000  # in one list; more is a slip of the keyboard that would fill the memory
 
 
@@ -52,21 +54,95 @@ def labels_for_seed(seed: int, batch: int, c_dim: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).randint(0, c_dim, size=batch)).long()
 
 
-def seeded_sampler(G: AnyGenerator, seed: int, device: torch.device | str) -> Callable[[int], Tensor]:
-    """Function n -> uint8 (n, 3, H, W): new images per call, classes uniform, reproducible from `seed`.
+class SampleStream:
+    """Latents and class ids by number: the rows of two endless sequences, one for each, that a seed stands for.
 
-    Feeds the metrics: no truncation, and their rounding. Calls of any sizes continue one stream of latents
-    and one of classes, so image number i does not depend on how many are asked for at a time.
+    Sample i is the same whatever others are asked for. What has been drawn is kept, 4 * z_dim bytes for each sample.
     """
-    latents, classes = np.random.RandomState(seed), np.random.RandomState(seed)
+
+    def __init__(self, seed: int, z_dim: int, c_dim: int, labels: np.ndarray | None = None) -> None:
+        """labels: class ids that those of samples are drawn from, such as a data set's; None = uniform over classes."""
+        self._latents, self._classes = np.random.RandomState(seed), np.random.RandomState(seed)
+        self._z_dim, self._c_dim, self._from = z_dim, c_dim, labels
+        self._z = np.empty((0, z_dim), dtype=np.float32)
+        self._labels = np.empty(0, dtype=np.int64)
+
+    def latents(self, items: Sequence[int] | np.ndarray) -> Tensor:
+        """z of samples by number, float32 (N, z_dim), standard normal."""
+        items = np.asarray(items, dtype=np.int64)
+        self._extend(items)
+        return torch.from_numpy(self._z[items])
+
+    def labels(self, items: Sequence[int] | np.ndarray) -> Tensor | None:
+        """Class ids of samples by number, int64 (N,); None without classes."""
+        if not self._c_dim:
+            return None
+        items = np.asarray(items, dtype=np.int64)
+        self._extend(items)
+        return torch.from_numpy(self._labels[items])
+
+    def _extend(self, items: np.ndarray) -> None:
+        missing = int(items.max(initial=-1)) + 1 - len(self._z)
+        if missing <= 0:
+            return
+        count = max(missing, len(self._z), STREAM_BLOCK)  # doubling: copies cost no more than draws
+        z = self._latents.randn(count, self._z_dim).astype(np.float32)
+        self._z = np.concatenate([self._z, z])
+        if self._c_dim:
+            bound = self._c_dim if self._from is None else len(self._from)
+            drawn = self._classes.randint(0, bound, size=count)
+            drawn = drawn if self._from is None else self._from[drawn]
+            self._labels = np.concatenate([self._labels, drawn.astype(np.int64)])
+
+
+def seeded_sampler(
+    G: AnyGenerator,
+    seed: int,
+    device: torch.device | str,
+    labels: np.ndarray | None = None,
+    truncation: Truncation = NO_TRUNCATION,
+) -> Callable[[Sequence[int] | np.ndarray], Tensor]:
+    """Function from numbers of images to uint8 (n, 3, H, W), with the metrics' rounding: image i of `seed`.
+
+    It depends on i alone, not on what else is asked for, when or by which process. labels: see SampleStream.
+    """
+    stream = SampleStream(seed, G.z_dim, G.c_dim, labels)
 
     @torch.inference_mode()
-    def sample(n: int) -> Tensor:
-        z = torch.from_numpy(latents.randn(n, G.z_dim)).float().to(device)
-        labels = torch.from_numpy(classes.randint(0, G.c_dim, size=n)).long().to(device) if G.c_dim else None
-        return to_uint8_metrics(G(z, labels))
+    def sample(items: Sequence[int] | np.ndarray) -> Tensor:
+        return to_uint8_metrics(images_of(G, stream, items, device, truncation))
 
     return sample
+
+
+def images_of(
+    G: AnyGenerator,
+    stream: SampleStream,
+    items: Sequence[int] | np.ndarray,
+    device: torch.device | str,
+    truncation: Truncation = NO_TRUNCATION,
+) -> Tensor:
+    """Images by number, float32 (n, 3, H, W) on `device`, nominally in [-1, 1]. PIXELS_PER_PASS bounds the memory."""
+    if truncation is not NO_TRUNCATION:
+        require_styles(G, "truncation")
+    step = max(PIXELS_PER_PASS // G.img_resolution**2, 1)
+    parts = [items[start : start + step] for start in range(0, len(items), step)]
+    images = [_images_of_part(G, stream, part, device, truncation) for part in parts]
+    return images[0] if len(images) == 1 else torch.cat(images)
+
+
+def _images_of_part(
+    G: AnyGenerator,
+    stream: SampleStream,
+    items: Sequence[int] | np.ndarray,
+    device: torch.device | str,
+    truncation: Truncation,
+) -> Tensor:
+    z, labels = stream.latents(items).to(device), stream.labels(items)
+    labels = None if labels is None else labels.to(device)
+    if truncation is NO_TRUNCATION:
+        return G(z, labels)
+    return G.synthesis(style_vectors(G, z, labels, truncation))
 
 
 @torch.inference_mode()

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,10 @@ from training.dataset import ImageDataset
 from training.discriminator.kinds import AnyDiscriminator
 from training.generator.kinds import AnyGenerator
 from training.image_grid import plan_grid, save_image_grid
+from training.metric_records import MetricRecord, network_hash
+from training.metric_schedule import ScheduledMetric, best_key, due_metrics, parse_schedule
 from training.network_io import save_network
 from training.run_log import RunLog
-from training.sampling import seeded_sampler
 
 if TYPE_CHECKING:
     from metrics.evaluate import ImageSet
@@ -75,36 +75,82 @@ class Snapshots:
     dataset: ImageDataset
     log: RunLog
     device: torch.device
-    best_value: float | None = None  # of best_model, by the first metric; lower is better
-    best_name: str | None = None  # of that metric; None = that of this run
+    best_value: float | None = None  # of best_model
+    best_name: str | None = None  # key of that result
     keep_every_kimg: float = 0.0  # also keep a network file every so many thousand images; 0 = none
     kept_nimg: int = 0  # images seen at the last of those
+    _missing_metrics: set[str] = field(default_factory=set)  # that cannot be computed in this run
 
-    def evaluate(self, G_ema: AnyGenerator, cur_nimg: int, snapshot: str) -> dict[str, float]:
-        """Compute the run's metrics for G_ema and log them. Returns all values by name."""
-        values: dict[str, float] = {}
-        if not self.config.metrics:
-            return values
+    @functools.cached_property
+    def schedule(self) -> tuple[ScheduledMetric, ...]:
+        """The run's metrics."""
+        return parse_schedule(self.config.metrics)
+
+    def evaluate(
+        self, G_ema: AnyGenerator, cur_nimg: int, snapshot: str, number: int | None = None
+    ) -> dict[str, float]:
+        """Compute the metrics due at snapshot `number` for G_ema, in one pass, and log them. Returns all values by key.
+
+        number: None = all metrics. All processes call it, share the work and get the same. A metric that cannot be
+        computed, as its detector is missing say, is named once and left out.
+        """
+        names = [name for name in due_metrics(self.schedule, number) if name not in self._missing_metrics]
+        if not names:
+            return {}
         from metrics import evaluate  # training without metrics must not need the package
+        from metrics.needs import Options
+        from training.metric_sources import network_sources
 
-        for name in self.config.metrics:
-            start = time.time()
-            sampler = seeded_sampler(G_ema, METRIC_SEED, self.device)
-            results = evaluate.compute(name, self._reference, sampler, device=self.device)
-            seconds = time.time() - start
-            self.log.write_metric(name, results, cur_nimg, snapshot, seconds)
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in results.items())
+        start = time.time()
+        sources = network_sources(G_ema, METRIC_SEED, self.device)
+        found = evaluate.evaluate(
+            names,
+            self._reference,
+            sources,
+            self.device,
+            options=Options(seed=METRIC_SEED),
+            on_unavailable=self._leave_out_metric,
+        )
+        seconds = time.time() - start
+        network_sha256 = network_hash(G_ema) if is_main() else None
+        for name, result in found.items():
+            record = MetricRecord(
+                name,
+                result.results,
+                cur_nimg,
+                snapshot,
+                network_sha256,
+                seconds,
+                result.settings,
+                result.details,
+            )
+            self.log.write_metric(record, cur_nimg)
+        values = {key: value for result in found.values() for key, value in result.results.items()}
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        if values:
             self.log.print(f"{shown} at {cur_nimg / 1000:g} kimg ({seconds:.0f} s)")
-            values.update(results)
         return values
+
+    def check_metrics(self, G_ema: AnyGenerator) -> None:
+        """Say which metrics cannot be computed, rather than hours later; fetch what the others need. All call it."""
+        if not self.schedule:
+            return
+        from metrics import evaluate
+        from training.metric_sources import network_sources
+
+        names, sources = due_metrics(self.schedule, None), network_sources(G_ema, METRIC_SEED, self.device)
+        evaluate.check_available(names, self.dataset.c_dim > 0, sources, self.device, self._leave_out_metric)
+
+    def _leave_out_metric(self, name: str, reason: str) -> None:
+        self._missing_metrics.add(name)
+        self.log.print(f"Warning: {name} is left out from here on: {reason}")
 
     @functools.cached_property
     def _reference(self) -> ImageSet:
         """All real images, unmirrored. Made once per run: the fingerprint of a folder reads every file."""
-        from metrics.evaluate import ImageSet
+        from training.metric_sources import dataset_reference
 
-        real = self.dataset.reference_set()
-        return ImageSet(len(real), real.fingerprint(), real.image_batches)
+        return dataset_reference(self.dataset)
 
     @functools.cached_property
     def _data_info(self) -> dict[str, object]:
@@ -124,8 +170,8 @@ class Snapshots:
     ) -> bool:
         """Write network-snapshot.safetensors, and the same network as best_model and network-<images seen>, if due.
 
-        best_model is due when the first metric improved. False, with a warning in the log, if a file could not be
-        written: those that were there stay, and what was due is so at the next snapshot. The main process writes.
+        best_model is due when the result improved that picks it. False, with a warning in the log, if a file could not
+        be written: those that were there stay, and what was due is so at the next snapshot. The main process writes.
         """
         if not is_main():
             return True
@@ -133,21 +179,31 @@ class Snapshots:
         info = {"cur_nimg": cur_nimg, "metrics": values, **self._data_info}
         with self.log.surviving(str(snapshot)):
             save_network(snapshot, G_ema, G=G, D_state=D.trained_state_dict(), config=self.config, info=info)
-            name, value = next(iter(values.items()), (None, None))
-            if self.is_best(name, value):
+            name = best_key(self.config.best_by, self.schedule, self._missing_metrics)
+            if self.is_best(name, values):
                 atomic_copy(snapshot, self.run_dir / BEST_MODEL)
-                self.best_name, self.best_value = name, value
+                self.best_name, self.best_value = name, None if name is None else values.get(name)
             if self.keep_every_kimg and cur_nimg >= self.next_kept_nimg():
                 atomic_copy(snapshot, self.run_dir / f"network-{cur_nimg:09d}.safetensors")
                 self.kept_nimg = cur_nimg
             return True
         return False
 
-    def is_best(self, name: str | None, value: float | None) -> bool:
-        """Whether a network is to become best_model. Without a metric, or with another one than before, it is."""
-        if value is None or self.best_value is None or self.best_name not in (None, name):
+    def is_best(self, name: str | None, values: Mapping[str, float]) -> bool:
+        """Whether a network with these results is to become best_model, by the result `name`.
+
+        It is when nothing can be compared: no metric, no value yet, or one of another metric. Where the metric is not
+        computed at this snapshot, the best network stays.
+        """
+        if name is None or not (self.run_dir / BEST_MODEL).exists():
             return True
-        return value < self.best_value or (math.isnan(self.best_value) and not math.isnan(value))
+        if name not in values:
+            return False
+        if self.best_value is None or self.best_name != name:
+            return True
+        from metrics.names import is_better
+
+        return is_better(name, values[name], self.best_value)
 
     def next_kept_nimg(self) -> float:
         """Images seen from which on the next network file is kept for good: a multiple of keep_every_kimg."""

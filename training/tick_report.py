@@ -10,7 +10,8 @@ import torch
 
 from torch_utils.stats import StatsCollector
 from training.data_loader import Batches
-from training.run_log import RunLog, format_duration
+from training.durations import format_duration
+from training.run_log import RunLog
 from training.run_state import TrainState
 from training.watchdog import find_slow_rank
 

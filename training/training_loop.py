@@ -12,7 +12,6 @@ from torch_utils import cpu
 from torch_utils.checkpoint import atomic_write
 from torch_utils.distributed import (
     average_batch_statistics_,
-    barrier,
     broadcast_object,
     check_replicas_equal,
     describe_rank,
@@ -213,6 +212,8 @@ class Trainer:
 
     def start(self) -> None:
         """Pictures and metrics before the first step; a run that goes on has them already."""
+        with activity("evaluation"):
+            self.snapshots.check_metrics(self.G_ema)
         if self.clock.cur_nimg == 0:
             with self.log.surviving("a picture"):
                 if is_main():
@@ -282,7 +283,7 @@ class Trainer:
         """Images, metrics and networks of this moment, written by the main process."""
         kimg = self.clock.cur_nimg / 1000
         name = f"fakes{self.clock.cur_nimg // 1000:06d}.png"
-        values = self.evaluate(SNAPSHOT)
+        values = self.evaluate(SNAPSHOT, self.snapshot_number())
         diversity: dict[str, float] = {}
         if is_main():
             fake_images = self.grid.generate(self.G_ema)
@@ -294,14 +295,14 @@ class Trainer:
         for key, value in broadcast_object(diversity).items():  # all processes must report the same names
             self.stats.report(key, value)
 
-    def evaluate(self, snapshot: str) -> dict[str, float]:
-        """The run's metrics of G_ema, by the main process; the others wait."""
-        values: dict[str, float] = {}
+    def evaluate(self, snapshot: str, number: int | None = None) -> dict[str, float]:
+        """The metrics of G_ema that are due at this snapshot, by all processes together."""
         with activity("evaluation"):
-            if is_main():
-                values = self.snapshots.evaluate(self.G_ema, self.clock.cur_nimg, snapshot)
-            barrier()
-        return values
+            return self.snapshots.evaluate(self.G_ema, self.clock.cur_nimg, snapshot, number)
+
+    def snapshot_number(self) -> int | None:
+        """Which snapshot of the run this is, from 1 on; None = the last one."""
+        return None if self.is_done() else self.clock.cur_tick // self.config.snapshot_ticks
 
     def save_state(self) -> None:
         """Begin to write the complete state, from which the run can go on exactly."""

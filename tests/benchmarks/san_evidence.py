@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import san_evidence_report as report  # noqa: E402
 
 import san  # noqa: E402
-from metrics.evaluate import ImageSet, compute  # noqa: E402
+from metrics.evaluate import compute  # noqa: E402
 from san.layers import split_norms  # noqa: E402
 from torch_utils import cpu  # noqa: E402
 from torch_utils.ema import ema_beta, update_ema_  # noqa: E402
@@ -51,6 +51,7 @@ from training.dcgan_loss import make_dcgan_loss  # noqa: E402
 from training.discriminator.dcgan import DCGANDiscriminator  # noqa: E402
 from training.draws import Draws  # noqa: E402
 from training.generator.dcgan import DCGANGenerator  # noqa: E402
+from training.metric_sources import dataset_reference  # noqa: E402
 from training.presets import RECIPES, dcgan  # noqa: E402
 from training.sampling import parse_seeds, seeded_sampler  # noqa: E402
 from training.train_step import StepContext, discriminator_step, generator_step  # noqa: E402
@@ -228,7 +229,7 @@ def direction_cosine(
 def measure(G: DCGANGenerator, dataset: ImageDataset, quickstart) -> dict[str, float]:
     """fd_lite0, class accuracy and diversity, as quickstart.py measures them."""
     real, real_labels = dataset.batch(range(len(dataset)))
-    reference = ImageSet(len(dataset), dataset.fingerprint(), lambda: iter(real.split(64)))
+    reference = dataset_reference(dataset)
     device = torch.device("cpu")
     judge, _ = quickstart.train_judge(real, real_labels)
     fake, labels = quickstart.generate_per_class(G, IMAGES_PER_CLASS)

@@ -13,9 +13,10 @@ from click.testing import CliRunner, Result
 
 import train
 from training.config import ConfigError
+from training.durations import parse_duration
 from training.resume import Resume, newest_run, parse_resume
 from training.run_log import claim_run_dir
-from training.run_options import RunOptions, parse_duration
+from training.run_options import RunOptions
 
 pytestmark = pytest.mark.usefixtures("process_settings")
 COMMAND = shlex.split("""--cfg dcgan --objective hinge --data digits --cond 1 --cbase 4 --cmax 8 --batch 16 --tick 0.032

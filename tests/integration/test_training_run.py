@@ -16,6 +16,7 @@ from PIL import Image
 
 import train
 from metrics import evaluate
+from metrics.evaluate import MetricResult
 from torch_utils.errors import UserError
 from training.config import LossConfig, TrainConfig, from_json
 from training.dataset import open_dataset
@@ -44,12 +45,12 @@ def command(tmp_path_factory):
     start = [50.0] if quickstart().evaluate_at_start else []
     values = iter([*start, *METRIC_VALUES])
 
-    def cheap_metric(inputs):
-        calls.append((inputs.reference.count, inputs.generate(3)))
-        return {"fd_lite0": next(values)}
+    def cheap_metric(names, reference, sources, *_, **__):
+        calls.append((reference.count, sources.generate(range(3))))
+        return {name: MetricResult({name: next(values)}, {}) for name in names}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(evaluate.METRICS, "fd_lite0", cheap_metric)
+        patch.setattr(evaluate, "evaluate", cheap_metric)
         result = CliRunner().invoke(train.main, [*COMMAND, "--outdir", str(outdir)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     (run_dir,) = outdir.iterdir()
@@ -132,7 +133,7 @@ def test_metric_lines(command):
     lines = [json.loads(line) for line in (run_dir / "metric-fd_lite0.jsonl").read_text().splitlines()][-2:]
     for line, value, cur_nimg in zip(lines, METRIC_VALUES, (48, 64), strict=True):
         assert line["results"] == {"fd_lite0": value} and line["metric"] == "fd_lite0"
-        assert line["cur_nimg"] == cur_nimg and line["snapshot"] == "network-snapshot.safetensors"
+        assert line["cur_nimg"] == cur_nimg and line["snapshot_pkl"] == "network-snapshot.safetensors"
         assert line["total_time"] >= 0 and line["timestamp"] > 1.6e9
     assert [count for count, _ in calls] == [1797, 1797]
     for _, images in calls:

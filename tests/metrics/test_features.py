@@ -39,6 +39,18 @@ def test_features_do_not_depend_on_the_batch(detector, images, monkeypatch):
     torch.testing.assert_close(detector(images[1:2]), whole[1:2], rtol=1e-4, atol=1e-4)
 
 
+def test_convolutions_are_float32_proper(detector, images, monkeypatch):
+    """TF32, torch's default on CUDA, would give a GPU other features than a CPU."""
+    seen = []
+    hook = detector._trunk.register_forward_pre_hook(
+        lambda module, inputs: seen.append(torch.backends.cudnn.allow_tf32)
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    detector(images)
+    hook.remove()
+    assert seen == [False] and torch.backends.cudnn.allow_tf32
+
+
 def test_grey_images_count_as_three_equal_channels(detector, images):
     grey = images[:, :1]
     torch.testing.assert_close(detector(grey), detector(grey.repeat(1, 3, 1, 1)))

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from metrics.names import METRICS, is_higher_better
 from training.plot import main
 from training.run_curves import find_runs, read_run, short_labels
 from training.run_figure import DPI, PANEL_SIZE, draw_figure, smooth, thin_out
@@ -167,6 +168,9 @@ def test_which_metrics_are_better_when_higher(tmp_path: Path) -> None:
     assert all(
         map(higher_is_better, ("pr50k3_full_recall", "is50k_full_mean", "eqt50k_int", "class_accuracy"))
     )
+    for name, plan in METRICS.items():
+        for key in plan.keys(name):
+            assert higher_is_better(key) == is_higher_better(key), key
     metric = [metric_line(k, fd=value, recall=value) for k, value in ((0, 3.0), (1, 1.0), (2, 5.0))]
     metrics = read_run(make_run(tmp_path / "run", five_ticks(), metric)).metrics
     assert best_point(metrics["fd"], "fd") == 1

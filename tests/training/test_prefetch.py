@@ -35,7 +35,7 @@ def caches(tmp_path, monkeypatch) -> Path:
 
     monkeypatch.setattr(training.discriminator.feature_network, "build_feature_network", build)
     monkeypatch.setattr(GuidanceClassifier, "pretrained", classmethod(lambda cls: build("guidance")))
-    monkeypatch.setattr(prefetch, "_load_detector", lambda metric: build(f"detector-{metric}"))
+    monkeypatch.setattr(prefetch, "load_detector", lambda name: build(f"detector-{name}"))
     return tmp_path
 
 

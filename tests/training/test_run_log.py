@@ -15,8 +15,10 @@ import pytest
 
 from torch_utils.errors import UserError
 from training import run_log
+from training.durations import format_duration
 from training.event_sinks import WANDB_ID_FILE, import_wandb, silence_event_threads
-from training.run_log import RunLog, cut_logs, format_duration
+from training.metric_records import MetricRecord
+from training.run_log import RunLog, cut_logs
 
 
 def write_part(run_dir: Path, points: list[int], start_nimg: int = 0, **options: object) -> RunLog:
@@ -25,7 +27,8 @@ def write_part(run_dir: Path, points: list[int], start_nimg: int = 0, **options:
     for nimg in points:
         log.print(f"tick at {nimg}")
         log.write_stats({"Loss/G/loss": {"num": 1, "mean": nimg / 10, "std": 0.0}}, nimg)
-        log.write_metric("fd_lite0", {"fd_lite0": 5.0}, nimg, "network-snapshot.safetensors", 1.0)
+        record = MetricRecord("fd_lite0", {"fd_lite0": 5.0}, nimg, "network-snapshot.safetensors", "f00", 1.0)
+        log.write_metric(record, nimg)
     return log
 
 

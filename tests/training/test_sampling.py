@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Seeds, truncation, rounding and motion by their rules; recorded numbers are in test_sampling_golden.py."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,14 +102,55 @@ def test_moving_right_moves_right(G):
     torch.testing.assert_close(G.synthesis.input(ws[:, 0]), still)
 
 
-def test_sampler_continues_one_stream(G):
-    whole = sampling.seeded_sampler(G, seed=3, device="cpu")(9)
+def test_image_of_a_number_is_always_the_same(G):
+    whole = sampling.seeded_sampler(G, seed=3, device="cpu")(range(9))
     sample = sampling.seeded_sampler(G, seed=3, device="cpu")
-    parts = torch.cat([sample(4), sample(5)])
+    parts = torch.cat([sample([7, 5, 8]), sample(np.arange(5))])
     assert whole.dtype == torch.uint8 and whole.shape == (9, 3, 16, 16)
-    assert (whole.int() - parts.int()).abs().max() <= 1
+    assert (whole[[7, 5, 8, 0, 1, 2, 3, 4]].int() - parts.int()).abs().max() <= 1
     assert not torch.equal(whole[:4], whole[4:8])
-    assert not torch.equal(sampling.seeded_sampler(G, seed=4, device="cpu")(9), whole)
+    assert not torch.equal(sampling.seeded_sampler(G, seed=4, device="cpu")(range(9)), whole)
+
+
+def test_passes_of_the_sampler_are_bounded(G, monkeypatch):
+    """Large images are made a few at a time, as 64 of 1024 x 1024 do not fit into memory."""
+    whole, sizes = sampling.seeded_sampler(G, 3, "cpu")(range(7)), []
+    monkeypatch.setattr(sampling, "PIXELS_PER_PASS", 3 * 16**2 + 1)
+    G.synthesis.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    assert_nearly_equal(sampling.seeded_sampler(G, 3, "cpu")(range(7)), whole)
+    assert sizes == [3, 3, 1]
+    monkeypatch.setattr(sampling, "PIXELS_PER_PASS", 1)
+    assert_nearly_equal(sampling.seeded_sampler(G, 3, "cpu")([4]), whole[4:5])
+
+
+def test_sampler_with_truncation_and_labels(G):
+    class_ids = np.array([1, 1, 1])
+    whole = sampling.Truncation(psi=0.0)
+    images = sampling.seeded_sampler(G, 3, "cpu", labels=class_ids, truncation=whole)(range(3))
+    expected = sampling.to_uint8_metrics(G.synthesis(G.mapping.w_avg[1].expand(3, G.num_ws, -1)))
+    assert (images.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("sizes", [(9,), (4, 5), (1, 1, 2, 5), (3000,)])
+def test_stream_is_that_of_the_legacy_generator(sizes):
+    """The latents and classes that values of earlier versions were measured with."""
+    stream, start, z, labels = sampling.SampleStream(3, 8, 10), 0, [], []
+    for size in sizes:
+        z.append(stream.latents(range(start, start + size)))
+        labels.append(stream.labels(range(start, start + size)))
+        start += size
+    latents, classes = np.random.RandomState(3), np.random.RandomState(3)
+    assert torch.equal(torch.cat(z), torch.from_numpy(latents.randn(start, 8)).float())
+    assert torch.equal(torch.cat(labels), torch.from_numpy(classes.randint(0, 10, size=start)))
+    assert sampling.SampleStream(3, 8, 0).labels([2]) is None
+
+
+def test_classes_of_a_data_set_come_in_its_proportions():
+    from_data = sampling.SampleStream(0, 4, 3, np.array([2] * 9 + [0])).labels(range(4000))
+    counts = torch.bincount(from_data, minlength=3)
+    assert counts[1] == 0 and 0.08 < counts[0] / 4000 < 0.12
+    uniform = torch.bincount(sampling.SampleStream(0, 4, 3).labels(range(4000)))
+    assert (uniform / 4000 - 1 / 3).abs().max() < 0.03
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def stylegan_xl(
         batch_size=batch_size,
         microbatch_size=microbatch_size,
         ema_halflife_kimg=batch_size * EMA_KIMG_PER_BATCH,
-        metrics=("fd_lite0",),
+        metrics=("fid50k_full",),
     )
 
 
