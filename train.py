@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import click
 
 from torch_utils.errors import RunError, UserError
+from torch_utils.ops.choice import set_backend
 from training.cli import run_training
 from training.cli_options import train_options
 from training.launch import launch, must_launch
@@ -33,6 +34,8 @@ def main(**flags: Any) -> None:
     Start with: python train.py --loss san --preset quickstart
     """
     try:
+        if flags["ops"] is not None:
+            set_backend(flags["ops"])
         if must_launch(flags["gpus"], flags["device"], flags["dry_run"]):
             sys.exit(launch(flags["gpus"]))
         if flags["ladder"] is None:

@@ -16,6 +16,8 @@ from pathlib import Path
 # Before torch is imported: also for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
+# Compiled once for all tests, which have cache folders of their own.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "stylesan" / "extensions"))
 
 import numpy as np
 import pytest

@@ -118,9 +118,15 @@ SCRIPT_FLAGS = {
     },
     "calc_metrics.py": flags_of("training/score_options.py", "training/run_comparison.py") | {"--help"},
     "dataset_tool.py": flags_of("dataset_tool.py") | {"--help"},
-    "tests/benchmarks/quickstart.py": flags_of("tests/benchmarks/quickstart.py") | {"--help"},
-    "tests/benchmarks/san_evidence.py": flags_of("tests/benchmarks/san_evidence.py") | {"--help"},
-    "tests/benchmarks/san_diagnostics.py": flags_of("tests/benchmarks/san_diagnostics.py") | {"--help"},
+    **{
+        script: flags_of(script) | {"--help"}
+        for script in (
+            "tests/benchmarks/metrics.py",
+            "tests/benchmarks/quickstart.py",
+            "tests/benchmarks/san_diagnostics.py",
+            "tests/benchmarks/san_evidence.py",
+        )
+    },
     "training/plot.py": flags_of("training/plot.py") | {"--help"},  # run as a module
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import click
 
+from torch_utils.ops.choice import BACKENDS
 from training.cli_dcgan import parse_objective
 from training.config import ConfigError
 from training.durations import parse_duration
@@ -156,6 +157,8 @@ RUNNING = [
                  help="Abort after so many such steps in a row  [default: 10]"),
     click.option("--sync-bn", **BOOL, help="BatchNorm of D normalises over all processes  [default: 0]"),
     click.option("--cache-data", metavar="DIR", help="Copy the images to this local folder of each machine first"),
+    click.option("--ops", type=choice(*BACKENDS),
+                 help="Filtered leaky ReLU in plain PyTorch, C++ (CPU) or Triton (CUDA)  [default: auto]"),
     click.option("--wandb", metavar="PROJECT", help="Also log to this project of Weights & Biases"),
 ]  # fmt: skip
 

@@ -44,19 +44,9 @@ from training.sampling import pick_device
 from training.training_loop import Trainer
 
 LADDER_FLAGS = {
-    *("ladder", "loss", "outdir", "data", "device", "gpus", "batch_gpu", "dry_run", "workers", "embedding"),
-    *(
-        "path_stem",
-        "backbones",
-        "official_bn",
-        "train_stem_input",
-        "tick",
-        "snap",
-        "metrics",
-        "best_by",
-        "seed",
-        "nobench",
-    ),
+    *("ladder", "loss", "outdir", "data", "device", "gpus", "batch_gpu", "dry_run", "workers"),
+    *("embedding", "path_stem", "backbones", "official_bn", "train_stem_input", "tick", "snap"),
+    *("metrics", "best_by", "seed", "nobench", "ops"),
 }
 SWITCHES = ("superres", "stem")  # False when absent
 STEM_ONLY_FLAGS = ("embedding",)  # a stage takes its class embeddings from the stem

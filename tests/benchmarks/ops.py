@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_utils.ops.choice import BACKENDS, set_backend
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.filters import design_lowpass_filter
 from torch_utils.ops.modulated_conv import modulated_conv2d
@@ -100,6 +101,7 @@ CASES = {
     "filtered_lrelu 1x32x148": lambda: lrelu_case(1, 32, 148),
     "filtered_lrelu 1x16x276": lambda: lrelu_case(1, 16, 276),
     "filtered_lrelu radial 32x32x22": lambda: lrelu_case(32, 32, 22, radial=True),
+    "filtered_lrelu radial 1x1024x36": lambda: lrelu_case(1, 1024, 36, radial=True),
     "modulated_conv2d 32x32x22": lambda: conv_case(32, 32, 22),
     "modulated_conv2d 32x64x22": lambda: conv_case(32, 64, 22),
     "upsample2d 32x32x22": lambda: resample_case("upsample2d", 32, 32, 22),
@@ -137,10 +139,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each function")
+    parser.add_argument("--ops", default="auto", choices=BACKENDS, help="which implementation is ours")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads; milliseconds ours / naive, and the ratio")
+    set_backend(args.ops)
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, {args.ops}; milliseconds ours / naive, and the ratio"
+    )
     for name, make_case in CASES.items():
         if args.only not in name:
             continue

@@ -262,6 +262,7 @@ def test_preset_on_other_data(tiny_folder):
         (["--loss", "sann"], "'sann' is not one of 'san', 'gan'"),
         (["--preset", "quickstrat"], "'quickstrat' is not one of"),
         (["--device", "tpu"], "'tpu' is not one of"),
+        (["--ops", "cuda"], "'cuda' is not one of 'auto', 'reference', 'cpp', 'triton'"),
         (["--kimg", "-1"], "-1"),
         (["--kimg", "much"], "'much' is not a valid float"),
         (["--batch", "0"], "0 is not in the range x>=1"),

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Filtered leaky ReLU against recorded values and the plain composition, with gradients of two orders."""
+"""Filtered leaky ReLU against recorded values and the plain composition, with gradients of two orders.
+
+The reference implementation; the others have files of their own.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import filtered_lrelu as module
+from torch_utils.ops import choice
+from torch_utils.ops import filtered_lrelu_reference as module
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "g_ops_filtered_lrelu.npz")
 CASES = json.loads(str(GOLDEN["meta_json"]))
 SQRT2 = 2**0.5
+
+
+@pytest.fixture(autouse=True)
+def reference_only(monkeypatch):
+    monkeypatch.setattr(choice, "_chosen", "reference")
 
 
 def naive_upfirdn2d(x, f, up=1, down=1, padding=(0, 0, 0, 0), gain=1):

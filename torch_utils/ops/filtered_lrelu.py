@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: MIT
 """Leaky ReLU between an up- and a down-sampling low-pass filter (StyleGAN3, arXiv:2106.12423, 3.2).
 
-With separable filters, the whole chain runs on a few maps at a time, so that the up-sampled image, by far the
-largest tensor of the generator, stays in the processor's cache. Only the local slope is kept for the backward
-pass.
+One function, three implementations: plain PyTorch, which is always there and which the others are tested against, a
+C++ operator for CPUs and a Triton kernel for GPUs, which has to be asked for until it has been measured on one.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import sys
+from functools import lru_cache
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from torch_utils.ops.banded import BandedMatrix, resample, resample_maps
-from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.upfirdn2d import Padding, axis_matrices, parse_padding, upfirdn2d
-
-CHUNK_BYTES = 2**21  # up-sampled maps processed together on a CPU; 1 to 4 MiB measure alike
+from torch_utils.distributed import is_main
+from torch_utils.errors import UserError
+from torch_utils.ops import filtered_lrelu_cpu
+from torch_utils.ops.banded import num_positions
+from torch_utils.ops.choice import backend
+from torch_utils.ops.filtered_lrelu_reference import filtered_lrelu_reference
+from torch_utils.ops.upfirdn2d import Padding, filter_size, parse_factor, parse_padding
 
 
 def filtered_lrelu(
@@ -42,145 +42,57 @@ def filtered_lrelu(
     filters. Differentiable in `x` and `b` any number of times. Raises ValueError for a bias that does not
     fit, a negative `slope` or `clamp`, and as `upfirdn2d` does.
     """
+    _check(x, fu, fd, b, up, down, padding, slope, clamp)
+    arguments = (x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter)
+    is_pointwise = fu is None and fd is None and up == 1 and down == 1
+    chosen = "reference" if is_pointwise else backend()
+    if chosen == "triton":
+        from torch_utils.ops import filtered_lrelu_triton  # here, as defining its operators takes a second
+
+        if filtered_lrelu_triton.supports(x, fu, fd, up, down, padding):
+            return filtered_lrelu_triton.filtered_lrelu_triton(*arguments)
+    elif chosen in ("auto", "cpp") and filtered_lrelu_cpu.supports(x):
+        reason = filtered_lrelu_cpu.reason_for_absence()
+        if not reason:
+            return filtered_lrelu_cpu.filtered_lrelu_cpu(*arguments)
+        if chosen == "cpp":
+            raise UserError(f"--ops=cpp: the C++ operators cannot be used: {reason}; or leave --ops out")
+        _say_what_is_missing(reason)
+    return filtered_lrelu_reference(*arguments)
+
+
+def _check(
+    x: Tensor,
+    fu: Tensor | None,
+    fd: Tensor | None,
+    b: Tensor | None,
+    up: int,
+    down: int,
+    padding: Padding,
+    slope: float,
+    clamp: float | None,
+) -> None:
+    """Raises ValueError for arguments that no implementation accepts."""
     if x.ndim != 4:
         raise ValueError(f"images of shape {tuple(x.shape)}: need (N, C, H, W)")
     if b is not None and b.shape != x.shape[1:2]:
         raise ValueError(f"bias of shape {tuple(b.shape)} does not fit axis 1 of {tuple(x.shape)}")
     if slope < 0 or (clamp is not None and clamp < 0):
         raise ValueError(f"slope={slope} and clamp={clamp} must not be negative")
-    if fu is None and fd is None and up == 1 and down == 1:
-        x = F.pad(bias_act(x, b), parse_padding(padding))
-        return bias_act(x, act="linear" if slope == 1 else "lrelu", alpha=slope, gain=gain, clamp=clamp)
-
-    # g * max(min(a, c / g), -c / g) = max(min(g * a, c), -c): the gain moves behind the clamp, into the
-    # filter.
-    limit = None if clamp is None or gain == 0 else clamp / abs(gain)
-    activation = _Activation(slope, limit)
-    if (fu is not None and fu.ndim != 1) or (fd is not None and fd.ndim != 1):
-        x = upfirdn2d(bias_act(x, b), fu, up=up, padding=padding, flip_filter=flip_filter, gain=up**2)
-        x = _LeakyReLU.apply(x, activation)
-        return upfirdn2d(x, fd, down=down, flip_filter=flip_filter, gain=gain)
-
-    upsample = axis_matrices(x, fu, up, 1, padding, flip_filter, up**2)
-    upsampled_size = torch.Size([matrix.dense.shape[0] for matrix in upsample])
-    downsample = axis_matrices(x, fd, 1, down, 0, flip_filter, gain, size=upsampled_size)
-    b = x.new_zeros(x.shape[1]) if b is None else b.to(x.dtype)
-    is_training = torch.is_grad_enabled() and (x.requires_grad or b.requires_grad)
-    return _FilteredLeakyReLU.apply(x, b, upsample, downsample, activation, is_training)
+    parse_factor(up)
+    parse_factor(down)
+    x0, x1, y0, y1 = parse_padding(padding)
+    (taps_ux, taps_uy), (taps_dx, taps_dy) = filter_size(fu), filter_size(fd)
+    num_positions(num_positions(x.shape[3], up, 1, x0, x1, taps_ux), 1, down, 0, 0, taps_dx)
+    num_positions(num_positions(x.shape[2], up, 1, y0, y1, taps_uy), 1, down, 0, 0, taps_dy)
 
 
-class _Activation(NamedTuple):
-    """Leaky ReLU followed by a clamp, without gain."""
-
-    slope: float
-    limit: float | None  # bound on the magnitude of the result; None = no bound
-
-    def apply(self, x: Tensor, local_slope: Tensor, out: Tensor) -> None:
-        """Write the activation of `x` to `out`, which may be `x`, and its derivative to `local_slope`."""
-        # Arithmetic on floats throughout: comparisons and masks run at a fraction of its speed on CPUs.
-        if self.slope <= 1:
-            torch.sign(x, out=local_slope).clamp_(min=self.slope)
-        else:
-            local_slope.copy_(torch.where(x > 0, 1.0, self.slope))
-        torch.mul(x, local_slope, out=out)
-        if self.limit is not None and self._may_exceed_limit(out):
-            local_slope.masked_fill_(out.abs() > self.limit, 0)
-            out.clamp_(-self.limit, self.limit)
-
-    def _may_exceed_limit(self, x: Tensor) -> bool:
-        """On a CPU, one fast look saves two slow passes, nearly always; a GPU would have to wait for it."""
-        if x.device.type != "cpu" or x.numel() == 0:
-            return True
-        low, high = torch.aminmax(x)
-        return max(-low.item(), high.item()) > self.limit
-
-
-class _LeakyReLU(torch.autograd.Function):
-    """The activation alone."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, activation: _Activation) -> Tensor:
-        local_slope, out = torch.empty_like(x), torch.empty_like(x)
-        activation.apply(x, local_slope, out)
-        ctx.save_for_backward(local_slope)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (local_slope,) = ctx.saved_tensors
-        return grad * local_slope, None
-
-
-class _FilteredLeakyReLU(torch.autograd.Function):
-    """Bias, up-sampling, activation and down-sampling, chunk by chunk."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        b: Tensor,
-        upsample: tuple[BandedMatrix, BandedMatrix],
-        downsample: tuple[BandedMatrix, BandedMatrix],
-        activation: _Activation,
-        is_training: bool,
-    ) -> Tensor:
-        maps = x.flatten(0, 1)  # (N * C, H, W)
-        map_bias = b.repeat(x.shape[0])[:, None, None]
-        size = [matrix.dense.shape[0] for matrix in upsample]
-        out = maps.new_empty(maps.shape[0], *(matrix.dense.shape[0] for matrix in downsample))
-        chunks = _chunks(maps, size)
-        slopes = maps.new_empty(maps.shape[0] if is_training else chunks[0].stop, *size)
-        work = maps.new_empty(chunks[0].stop, *size)
-        for chunk in chunks:
-            num_maps = chunk.stop - chunk.start
-            images = work[:num_maps]
-            resample_maps(maps[chunk] + map_bias[chunk], *upsample, out=images)
-            activation.apply(images, slopes[chunk] if is_training else slopes[:num_maps], out=images)
-            resample_maps(images, *downsample, out=out[chunk])
-        if is_training:
-            ctx.save_for_backward(slopes)
-        ctx.matrices = upsample, downsample
-        return out.unflatten(0, x.shape[:2])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
-        upsample, downsample = ctx.matrices
-        if torch.is_grad_enabled():  # a graph of this gradient is wanted
-            grad_up = resample(grad, *(matrix.t() for matrix in downsample))
-            grad_x = resample(grad_up * slopes.view_as(grad_up), *(matrix.t() for matrix in upsample))
-        else:
-            grad_x = _backward_maps(grad.flatten(0, 1), slopes, upsample, downsample).unflatten(
-                0, grad.shape[:2]
-            )
-        grad_b = grad_x.sum(dim=[0, 2, 3]) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_b, None, None, None, None
-
-
-def _backward_maps(
-    grad: Tensor,
-    slopes: Tensor,
-    upsample: tuple[BandedMatrix, BandedMatrix],
-    downsample: tuple[BandedMatrix, BandedMatrix],
-) -> Tensor:
-    """Gradient of the maps `(n, H, W)` given that of the result, chunk by chunk, without a graph."""
-    grad_x = grad.new_empty(grad.shape[0], *(matrix.dense.shape[1] for matrix in upsample))
-    chunks = _chunks(slopes, slopes.shape[1:])
-    work = slopes.new_empty(chunks[0].stop, *slopes.shape[1:])
-    for chunk in chunks:
-        images = work[: chunk.stop - chunk.start]
-        resample_maps(grad[chunk], *(matrix.t() for matrix in downsample), out=images)
-        images.mul_(slopes[chunk])
-        resample_maps(images, *(matrix.t() for matrix in upsample), out=grad_x[chunk])
-    return grad_x
-
-
-def _chunks(maps: Tensor, upsampled_size: tuple[int, ...] | list[int]) -> list[slice]:
-    """Runs of maps to process together; the first is the longest."""
-    num_maps = maps.shape[0]
-    step = num_maps
-    if maps.device.type == "cpu":
-        step = max(CHUNK_BYTES // (math.prod(upsampled_size) * maps.element_size()), 1)
-    return [slice(start, min(start + step, num_maps)) for start in range(0, num_maps, max(step, 1))] or [
-        slice(0, 0)
-    ]
+@lru_cache(maxsize=1)
+def _say_what_is_missing(reason: str) -> None:
+    """Once per process, on the main one."""
+    if is_main():
+        print(
+            f"Fast operators for this processor are off: {reason}. With them the generator's filtered leaky ReLU, "
+            "most of its time, takes a fifth.",
+            file=sys.stderr,
+        )
