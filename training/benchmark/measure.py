@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""A row of the table: ours and the naive form in a process each, running in turn, so that both meet the same machine.
+
+Each process has its own allocator and its own peak of memory, as the operating system or CUDA counts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+
+from torch_utils.ops import choice
+from training.benchmark.agreement import find_differences, find_tolerance
+from training.benchmark.subjects import Row, Side, Subject, make_subject
+from training.config import TrainConfig
+from training.generator.network_plan import plan_network
+from training.training_loop import configure_backends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where and how everything is run."""
+
+    device: str  # cpu or cuda
+    threads: int  # of torch; 0 = as many as it takes by itself
+    ops: str  # implementation of the fused ops, see torch_utils/ops/choice.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One side of a row."""
+
+    seconds: list[float]  # of each repetition, per image
+    peak_bytes: int  # most memory that the process had; on CUDA, most that tensors had
+
+    @property
+    def median(self) -> float:
+        """Seconds per image."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A row of the table."""
+
+    recipe: str  # name of the preset
+    row: Row  # what was run
+    batch_size: int  # images in one pass
+    width: float  # factor on G's channels
+    timings: dict[Side, Timing] = field(default_factory=dict)  # a side that ran out of memory is missing
+    differences: dict[str, float] = field(default_factory=dict)  # of ours from naive, by kind of result
+    tolerances: dict[str, float] = field(default_factory=dict)  # largest that pass
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both gave the same results. False as well when one gave none."""
+        return bool(self.differences) and all(d <= self.tolerances[k] for k, d in self.differences.items())
+
+
+def compare(
+    recipe: str, row: Row, config: TrainConfig, width: float, machine: Machine, repeats: int, num_samples: int
+) -> Comparison:
+    """Both sides of a row. A first run of each warms up and gives the results that are compared."""
+    result = Comparison(recipe=recipe, row=row, batch_size=config.batch_size, width=width)
+    processes = {side: start_process() for side in get_args(Side)}
+    results: dict[Side, dict[str, np.ndarray]] = {}
+    seconds: dict[Side, list[float]] = {}
+    try:
+        for side, process in list(processes.items()):
+            try:
+                results[side] = process.submit(prepare, config, row, side, machine, num_samples).result()
+                seconds[side] = []
+            except BrokenProcessPool:  # killed by the system, as when memory runs out
+                processes.pop(side).shutdown()
+        for _ in range(repeats):
+            for side, process in processes.items():
+                seconds[side].append(process.submit(run_once).result())
+        peaks = {side: process.submit(read_peak).result() for side, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.shutdown()
+    for side, values in seconds.items():
+        result.timings[side] = Timing(seconds=values, peak_bytes=peaks[side])
+    if len(results) == len(get_args(Side)):
+        result.differences.update(find_differences(results["ours"], results["naive"]))
+        is_half = machine.device == "cuda" and has_half_precision(config)
+        result.tolerances.update({kind: find_tolerance(kind, is_half) for kind in result.differences})
+    return result
+
+
+def has_half_precision(config: TrainConfig) -> bool:
+    """Whether layers of G run in half precision on CUDA."""
+    return any(layer.use_fp16 for layer in plan_network(config.generator).layers)
+
+
+def start_process() -> ProcessPoolExecutor:
+    """A fresh process that does one thing after the other."""
+    return ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+
+
+# In the process.
+
+_subject: Subject | None = None  # what `run_once` runs
+
+
+def prepare(
+    config: TrainConfig, row: Row, side: Side, machine: Machine, num_samples: int
+) -> dict[str, np.ndarray]:
+    """Build a side of a row and run it once, with optimizers that do not move anything; the results."""
+    global _subject
+    device = set_up(machine, config, side)
+    _subject = make_subject(config, row, side, device, num_samples)
+    gc.collect()
+    reset_peak(device)
+    groups = [group for optimizer in _subject.optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    run_once()
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    return {name: value.cpu().numpy() for name, value in _subject.results.items()}
+
+
+def set_up(machine: Machine, config: TrainConfig, side: Side) -> torch.device:
+    """Threads, implementations of ops and switches of this process. The naive side has torch's own settings."""
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    choice.set_backend(machine.ops)
+    device = torch.device(machine.device)
+    if side == "ours":
+        configure_backends(config, device)
+    else:
+        torch.backends.cudnn.benchmark = config.benchmark
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
+def run_once() -> float:
+    """Seconds per image of one repetition."""
+    assert _subject is not None
+    total = 0.0
+    for share, run in _subject.parts:
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        total += share * (time.perf_counter() - start)
+    return total / _subject.num_images
+
+
+def synchronize() -> None:
+    """Wait for a GPU, if this process has used one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far. Where the system cannot, what building the networks took counts too."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # on Linux, 5 means: the peak becomes what is in use
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def read_peak() -> int:
+    """Bytes: on CUDA the most that tensors had, elsewhere the most that the process had in memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource  # not on Windows, which has no VmHWM either
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
