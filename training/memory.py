@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torch_utils.ops.choice import backend, using
 from torch_utils.stats import StatsCollector
 from training.batch import Batch
 from training.config import TrainConfig
@@ -60,6 +61,8 @@ def count_footprint(config: TrainConfig, device_type: str) -> Footprint:
     D_trained = list(D.trainable_parameters())
     trained_bytes = count_bytes(G_trained) + count_bytes(D_trained)
     networks = [network for network in (G, D, guidance) if network is not None]
+    with using("reference" if device_type == "cuda" else backend()):
+        activations = count_activations(G, D, guidance, config, force_fp32=device_type != "cuda")
     return Footprint(
         G_parameters=count_numbers(G.parameters()),
         G_trained=count_numbers(G_trained),
@@ -69,7 +72,7 @@ def count_footprint(config: TrainConfig, device_type: str) -> Footprint:
         average=count_bytes(G.state_dict().values()),
         gradients=trained_bytes,
         optimizers=ADAM_MOMENTS * trained_bytes,
-        activations=count_activations(G, D, guidance, config, force_fp32=device_type != "cuda"),
+        activations=activations,
     )
 
 

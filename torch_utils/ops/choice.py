@@ -8,7 +8,9 @@ variable STYLESAN_OPS.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from torch_utils.errors import UserError
 
@@ -24,6 +26,17 @@ def set_backend(name: str) -> None:
     if name not in BACKENDS:
         raise UserError(f"--ops={name} is no implementation of the ops; choose one of {', '.join(BACKENDS)}")
     _chosen = name
+
+
+@contextlib.contextmanager
+def using(name: str) -> Iterator[None]:
+    """Use implementation `name` inside the context. Raises UserError for none of BACKENDS."""
+    before = _chosen
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
 
 
 def backend() -> str:

@@ -23,8 +23,11 @@ MAPS_PER_BLOCK = 8  # maps of one image that share a word of the mask; kLanes in
 
 
 def supports(x: Tensor) -> bool:
-    """Whether `filtered_lrelu_cpu` could serve such images, if its operators can be built."""
-    return x.device.type == "cpu" and x.ndim == 4 and x.dtype in DTYPES
+    """Whether `filtered_lrelu_cpu` could serve such images, if its operators can be built.
+
+    On the meta device, where memory is counted, images are taken for those of a CPU.
+    """
+    return x.device.type in ("cpu", "meta") and x.ndim == 4 and x.dtype in DTYPES
 
 
 _reason: str | None = None  # known from the first call on: torch.compile reads it then as a constant
