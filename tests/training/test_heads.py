@@ -130,24 +130,6 @@ def test_spectral_norm_matches_torch(bias):
     torch.testing.assert_close(ours.weight_v, theirs.weight_v)
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_map_of_the_kernel_size_is_convolved(memory_format, bias):
-    layer = SpectralNormConv2d(6, 5, 4, bias=bias).to(memory_format=memory_format).eval()
-    x = torch.randn(3, 6, 4, 4).to(memory_format=memory_format).requires_grad_()
-    weight = layer.weight_orig / torch.dot(
-        layer.weight_u, layer.weight_orig.reshape(5, -1) @ layer.weight_v
-    )  # in the official order of v: channels, rows, columns
-    inputs = [x, layer.weight_orig, *([layer.bias] if bias else [])]
-    expected, actual = nn.functional.conv2d(x, weight, layer.bias), layer(x)
-    assert actual.shape == (3, 5, 1, 1)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    upstream = torch.randn_like(expected)
-    gradients = (torch.autograd.grad(out, inputs, upstream) for out in (actual, expected))
-    for ours, plain in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
-
-
 def test_spectral_norm_bounds_the_singular_value():
     layer = SpectralNormConv2d(4, 6, 3)
     for _ in range(100):

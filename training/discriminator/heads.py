@@ -54,26 +54,21 @@ class SpectralNormConv2d(nn.Module):
         self.register_buffer("weight_v", _unit(torch.randn(columns)))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.normalized_weight()
-        if self.padding == 0 and x.shape[2:] == weight.shape[2:]:
-            # A single position: a matrix product, for which a convolution takes several times as long on a CPU.
-            return F.linear(_flatten_taps(x), _flatten_taps(weight), self.bias)[:, :, None, None]
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+        return F.conv2d(x, self.normalized_weight(), self.bias, self.stride, self.padding)
 
     def normalized_weight(self) -> Tensor:
         """weight_orig / sigma; in training mode after a power iteration. u and v are constant to autograd."""
-        matrix = _flatten_taps(self.weight_orig)
-        taps = self.weight_orig.shape[2:]
+        matrix = self.weight_orig.flatten(1)
         with torch.no_grad():
             if self.training:
                 v = _unit(matrix.T @ self.weight_u)
                 u = _unit(matrix @ v)
                 self.weight_u.copy_(u)
-                self.weight_v.copy_(v.view(*taps, -1).permute(2, 0, 1).flatten())
+                self.weight_v.copy_(v)
             else:  # copies: a later training pass must not change what this pass's backward needs
-                u, v = self.weight_u.clone(), self.weight_v.clone().view(-1, *taps).permute(1, 2, 0).flatten()
+                u, v = self.weight_u.clone(), self.weight_v.clone()
         sigma = torch.dot(u, matrix @ v)
-        return self.weight_orig * sigma.reciprocal()  # whose gradient takes half the passes of a quotient's
+        return self.weight_orig / sigma
 
 
 class ProjectionHead(nn.Module):
@@ -200,9 +195,4 @@ def plan_widths(cfg: DiscriminatorConfig, in_channels: int, start_resolution: in
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return vector / torch.linalg.vector_norm(vector).clamp_min(SPECTRAL_EPS)
-
-
-def _flatten_taps(x: Tensor) -> Tensor:
-    """(N, C, H, W) as a matrix (N, H W C): without copying in channels_last format, that of heads and their input."""
-    return x.permute(0, 2, 3, 1).flatten(1)
+    return F.normalize(vector, dim=0, eps=SPECTRAL_EPS)
