@@ -78,22 +78,6 @@ class Detectors:
         return self.by_name[name].fingerprint
 
 
-def compute(
-    name: str,
-    reference: ImageSet,
-    generate: LoadItems,
-    device: torch.device | str = "cpu",
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> dict[str, float]:
-    """Results of one metric that needs images alone; see `evaluate`."""
-    return evaluate([name], reference, Sources(generate), device, cache_dir)[name].results
-
-
-def check_metric(name: str) -> None:
-    """Raise UserError, listing the valid names, unless `name` is that of a metric."""
-    get_plan(name)
-
-
 def evaluate(
     names: Sequence[str],
     reference: ImageSet,

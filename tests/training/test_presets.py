@@ -7,10 +7,10 @@ import re
 import pytest
 
 import train
-from metrics import evaluate
 from san import OBJECTIVES
 from training.config import LossConfig
 from training.generator.network_plan import plan_network
+from training.metric_schedule import parse_schedule
 from training.presets import PRESETS, stylegan3_generator, stylegan_xl
 
 PAPER_PRESETS = {name for name in PRESETS if name.partition("-")[0] in ("cifar10", "ffhq", "imagenet")}
@@ -25,8 +25,7 @@ def test_preset_is_valid(name):
     config.validate()
     assert config.loss == "san" and config.objective in OBJECTIVES
     assert config.metrics
-    for metric in config.metrics:
-        evaluate.check_metric(metric)
+    parse_schedule(config.metrics)
     generator, discriminator = config.generator, config.discriminator
     assert generator.img_resolution == discriminator.img_resolution
     assert generator.img_resolution == plan_network(generator).img_resolution
