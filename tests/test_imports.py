@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,22 @@ def test_generator_and_discriminator_are_independent(one: str, other: str):
     for start in starts:
         reached = {name for name in reachable(start, graph) if name.startswith(f"training.{other}")}
         assert not reached, f"{start} reaches {sorted(reached)}"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "tests").rglob("*.py")), ids=lambda file: file.relative_to(ROOT).as_posix()
+)
+def test_scripts_and_tests_import_names_that_exist(file: Path):
+    """Benchmark scripts run rarely: a name that a module gave up would be missed when somebody needs them."""
+    modules = {module_name(product) for product in product_files()}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.level or node.module not in modules:
+            continue
+        for alias in node.names:
+            if f"{node.module}.{alias.name}" not in modules:
+                assert hasattr(importlib.import_module(node.module), alias.name), (
+                    f"{node.module}.{alias.name}"
+                )
 
 
 def test_the_reader_sees_every_form_of_import():

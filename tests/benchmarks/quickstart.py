@@ -26,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the checkout is not
 
-from metrics.evaluate import compute  # noqa: E402
+from metrics.evaluate import Sources, evaluate  # noqa: E402
 from torch_utils import cpu  # noqa: E402
 from torch_utils.errors import UserError  # noqa: E402
 from training.dataset import ImageDataset, open_dataset  # noqa: E402
@@ -120,9 +120,8 @@ def measure(
             f"{network} was not trained on the digits: it has {G.c_dim} classes at {G.img_resolution} px"
         )
     real, real_labels = dataset.batch(range(len(dataset)))
-    fd = compute("fd_lite0", dataset_reference(dataset), seeded_sampler(G, seed=0, device=device), device)[
-        "fd_lite0"
-    ]
+    sources = Sources(seeded_sampler(G, seed=0, device=device))
+    fd = evaluate(["fd_lite0"], dataset_reference(dataset), sources, device)["fd_lite0"].results["fd_lite0"]
     judge, judge_accuracy = train_judge(real, real_labels)
     fake, fake_labels = generate_per_class(G, per_class)
     accuracy, per_class_accuracy = class_accuracy(judge, fake, fake_labels)

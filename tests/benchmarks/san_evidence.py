@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import san_evidence_report as report  # noqa: E402
 
 import san  # noqa: E402
-from metrics.evaluate import compute  # noqa: E402
+from metrics.evaluate import Sources, evaluate  # noqa: E402
 from san.layers import split_norms  # noqa: E402
 from torch_utils import cpu  # noqa: E402
 from torch_utils.ema import ema_beta, update_ema_  # noqa: E402
@@ -231,11 +231,12 @@ def measure(G: DCGANGenerator, dataset: ImageDataset, quickstart) -> dict[str, f
     real, real_labels = dataset.batch(range(len(dataset)))
     reference = dataset_reference(dataset)
     device = torch.device("cpu")
+    sources = Sources(seeded_sampler(G, 0, device))
     judge, _ = quickstart.train_judge(real, real_labels)
     fake, labels = quickstart.generate_per_class(G, IMAGES_PER_CLASS)
     diversity = quickstart.diversity_per_class(real, real_labels, fake, labels)
     return {
-        "fd": compute("fd_lite0", reference, seeded_sampler(G, 0, device), device)["fd_lite0"],
+        "fd": evaluate(["fd_lite0"], reference, sources, device)["fd_lite0"].results["fd_lite0"],
         "accuracy": quickstart.class_accuracy(judge, fake, labels)[0],
         "diversity": statistics.mean(diversity),
     }
