@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_utils.ops import winograd
+
 
 def modulated_conv2d(
     x: Tensor,
@@ -33,8 +35,14 @@ def modulated_conv2d(
     if input_gain is not None:
         s = s * input_gain
     x = x * s.to(x.dtype)[:, :, None, None]
-    x = F.conv2d(x, w.to(x.dtype), padding=padding if isinstance(padding, int) else tuple(padding))
+    x = _convolve(x, w.to(x.dtype), padding)
     return x * output_scale.to(x.dtype)[:, :, None, None] if demodulate else x
+
+
+def _convolve(x: Tensor, w: Tensor, padding: int | list[int] | tuple[int, int]) -> Tensor:
+    if isinstance(padding, int) and winograd.pays(x, w, padding):
+        return winograd.conv3x3(x, w, padding)
+    return F.conv2d(x, w, padding=padding if isinstance(padding, int) else tuple(padding))
 
 
 def _demodulation(w: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
