@@ -9,6 +9,7 @@ from torch import Tensor
 
 import san
 from training.config import ConfigError
+from training.discriminator.heads import SpectralNormConv2d
 from training.discriminator.projected import ProjectedDiscriminator
 from training.presets import quickstart
 from training.training_loop import make_optimizer
@@ -69,9 +70,9 @@ def test_the_function_at_the_time_of_freezing_stays(make_discriminator):
     torch.manual_seed(1)
     D, frozen = make_discriminator(), make_discriminator()
     frozen.load_state_dict(D.state_dict())
-    for layer in (m for m in D.modules() if hasattr(m, "normalized_weight")):
+    for layer in (m for m in D.modules() if isinstance(m, SpectralNormConv2d)):
         for _ in range(300):  # stored vectors are those of the weights
-            layer.normalized_weight()
+            layer.inverse_sigma()
     frozen.load_state_dict(D.state_dict())
     frozen.freeze_blocks_(2)
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])

@@ -130,13 +130,40 @@ def test_spectral_norm_matches_torch(bias):
     torch.testing.assert_close(ours.weight_v, theirs.weight_v)
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "layer_and_size",
+    [((6, 5, 4), 4), ((16, 32, 4, 2, 1), 16), ((6, 5, 4), 7)],
+    ids=["one position", "halved", "more"],
+)
+def test_training_computes_the_convolution_of_evaluation(memory_format, bias, layer_and_size):
+    """Training takes faster forms of the same; evaluation is `F.conv2d`."""
+    arguments, size = layer_and_size
+    layer = SpectralNormConv2d(*arguments, bias=bias).to(memory_format=memory_format)
+    x = torch.randn(3, arguments[0], size, size).to(memory_format=memory_format).requires_grad_()
+    actual = layer.train()(x)  # a power iteration, whose vectors evaluation uses
+    expected = layer.eval()(x)
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    inputs, upstream = [x, *layer.parameters()], torch.randn_like(expected)
+    gradients = (torch.autograd.grad(out, inputs, upstream) for out in (actual, expected))
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_rounds_alike_for_any_number_of_images():
+    layer = SpectralNormConv2d(128, 64, 4).to(memory_format=torch.channels_last).eval()
+    x = torch.randn(9, 128, 4, 4).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(torch.cat([layer(image[None]) for image in x]), layer(x), rtol=1e-5, atol=1e-6)
+
+
 def test_spectral_norm_bounds_the_singular_value():
     layer = SpectralNormConv2d(4, 6, 3)
     for _ in range(100):
-        layer.normalized_weight()
-    assert torch.linalg.matrix_norm(layer.normalized_weight().flatten(1), 2).item() == pytest.approx(
-        1, abs=1e-3
-    )
+        layer.inverse_sigma()
+    weight = layer.weight_orig * layer.inverse_sigma()
+    assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-3)
 
 
 def test_backward_survives_a_later_pass():

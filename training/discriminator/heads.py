@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import san
 from torch_utils.layers import FullyConnectedLayer
+from torch_utils.ops.halving_conv import halving_conv2d
 from training.config import ConfigError, DiscriminatorConfig
 
 HeadKind = Literal["san", "gan"]
@@ -54,21 +55,32 @@ class SpectralNormConv2d(nn.Module):
         self.register_buffer("weight_v", _unit(torch.randn(columns)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.normalized_weight(), self.bias, self.stride, self.padding)
+        scale, taps = self.inverse_sigma(), self.weight_orig.shape[2:]
+        if not self.training:  # rounds alike for any number of images, which the faster forms do not
+            return F.conv2d(x, self.weight_orig * scale, self.bias, self.stride, self.padding)
+        if self.padding == 0 and x.shape[2:] == taps:
+            # A single position is a matrix product, for which a convolution takes several times as long on a CPU.
+            out = F.linear(flatten_taps(x), flatten_taps(self.weight_orig)) * scale
+            return (out if self.bias is None else out + self.bias)[:, :, None, None]
+        if self.stride == 2 and taps == (4, 4):
+            return halving_conv2d(x, self.weight_orig * scale, self.bias, self.padding)
+        return F.conv2d(x, self.weight_orig * scale, self.bias, self.stride, self.padding)
 
-    def normalized_weight(self) -> Tensor:
-        """weight_orig / sigma; in training mode after a power iteration. u and v are constant to autograd."""
-        matrix = self.weight_orig.flatten(1)
+    def inverse_sigma(self) -> Tensor:
+        """1 / the largest singular value, a scalar; in training mode after a power iteration.
+
+        u and v are constant to autograd.
+        """
+        matrix = flatten_taps(self.weight_orig)
+        columns, *taps = self.weight_orig.shape[1:]
         with torch.no_grad():
             if self.training:
-                v = _unit(matrix.T @ self.weight_u)
-                u = _unit(matrix @ v)
+                u, v = _power_iteration(matrix, self.weight_u)
                 self.weight_u.copy_(u)
-                self.weight_v.copy_(v)
+                self.weight_v.view(columns, *taps).copy_(v.view(*taps, columns).permute(2, 0, 1))
             else:  # copies: a later training pass must not change what this pass's backward needs
-                u, v = self.weight_u.clone(), self.weight_v.clone()
-        sigma = torch.dot(u, matrix @ v)
-        return self.weight_orig / sigma
+                u, v = self.weight_u.clone(), flatten_taps(self.weight_v.view(1, columns, *taps)).clone()[0]
+        return torch.dot(u, matrix @ v).reciprocal()
 
 
 class ProjectionHead(nn.Module):
@@ -192,6 +204,17 @@ def plan_widths(cfg: DiscriminatorConfig, in_channels: int, start_resolution: in
         size //= 2
         widths.append(min(HEAD_CHANNELS[size], cfg.max_head_channels))
     return widths
+
+
+def flatten_taps(x: Tensor) -> Tensor:
+    """(N, C, H, W) as a matrix (N, H W C): no copy in channels_last format, that of heads and of their input."""
+    return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def _power_iteration(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The next left and right singular vector."""
+    v = _unit(matrix.T @ u)
+    return _unit(matrix @ v), v
 
 
 def _unit(vector: Tensor) -> Tensor:
