@@ -41,9 +41,8 @@ class ImageSet:
     load: LoadItems  # int64 (n,) in 0 ... count - 1 -> uint8 (n, C, H, W); called in a thread of its own
     labels: np.ndarray | None = None  # class ids (count,); None = no classes
     is_mirrored: bool = False  # whether the run also trains on mirrored images
-    statistics: Mapping[tuple[str, str], FeatureStats] | None = (
-        None  # by detector and tap: all that there is of the images, which cannot be loaded then
-    )
+    # By detector and tap: all that there is of the images, which cannot be loaded then.
+    statistics: Mapping[tuple[str, str], FeatureStats] | None = None
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from torch import Tensor
 
 EPSILON = 1e-4  # share of the path between the two images
 IMG_RESOLUTION = 256  # larger images are averaged down to this side before they are compared
-PATHS_PER_PASS = (
-    8  # through the generator and LPIPS at a time: maps of VGG16 take 70 MB for an image of 256 px
-)
+# Through the generator and LPIPS at a time: maps of VGG16 take 70 MB for an image of 256 px.
+PATHS_PER_PASS = 8
 TRIMMED_PERCENT = 1.0  # of the smallest and of the largest distances are left out
 
 # (items, epsilon) -> images (n, 3, H, W) in about [-1, 1], at the start of each item's path and epsilon of it further

@@ -27,9 +27,8 @@ from san.toy_training import ALL_OBJECTIVES, Settings, train
 
 PAPER_OBJECTIVES = ("hinge", "saturating", "nonsaturating")
 REQUIRED_COVERING = 0.8  # for the claim to hold, so large a share of the SANs must end with all modes, ...
-REQUIRED_LEADING = (
-    0.95  # ... and the cosine be above the GANs' at this share of the measurements: the first may tie
-)
+# ... and the cosine be above the GANs' at this share of the measurements: the first may tie.
+REQUIRED_LEADING = 0.95
 SERIES = ("modes", "quality", "wasserstein", "cosine", "mean_difference", "in_order", "gap")
 COLUMNS = (
     "objective",

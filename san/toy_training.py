@@ -22,9 +22,8 @@ from san.losses import AnyObjective
 from san.objectives import direction_weights
 from san.toy_ring import Ring, count_modes, sliced_wasserstein
 
-MAX_PAIRED = (
-    256  # reals that stand for the data in the measured r_J of a paired objective, which meets them all
-)
+# Reals that stand for the data in the measured r_J of a paired objective, which meets them all.
+MAX_PAIRED = 256
 ALL_OBJECTIVES = {**san.OBJECTIVES, **san.PAIRED_OBJECTIVES}
 
 
@@ -43,9 +42,7 @@ class Settings:
     record_iterations: int = 100  # measure every so many iterations
     num_samples: int = 2048  # real and generated samples per measurement
     num_final_samples: int = 10_000  # of the last one
-    normalize_weights: bool = (
-        True  # r_J has mean 1 over real and over fake samples, in the loss and the optimum
-    )
+    normalize_weights: bool = True  # r_J has mean 1 over real and over fake samples
     penalty_weight: float = 0.1  # of the objectives that need a gradient penalty
 
 

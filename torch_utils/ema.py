@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def ema_beta(batch_size: int, cur_nimg: int, halflife_kimg: float, rampup: float | None) -> float:
@@ -22,7 +23,8 @@ def ema_beta(batch_size: int, cur_nimg: int, halflife_kimg: float, rampup: float
 @torch.no_grad()
 def update_ema_(ema: nn.Module, live: nn.Module, beta: float) -> None:
     """Move the parameters of `ema` towards those of `live` (beta = share of the old value); copy the buffers."""
-    for averaged, current in zip(ema.parameters(), live.parameters(), strict=True):
-        averaged.lerp_(current, 1 - beta)
+    pairs = zip(ema.parameters(), live.parameters(), strict=True)
+    averages, weights = (list(side) for side in zip(*pairs, strict=True))
+    get_ema_multi_avg_fn(beta)(averages, weights, None)  # on a GPU a few kernels instead of one per parameter
     for averaged, current in zip(ema.buffers(), live.buffers(), strict=True):
         averaged.copy_(current)

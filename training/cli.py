@@ -16,6 +16,7 @@ from training.cli_config import build_config, check_refused, num_processes, over
 from training.cli_superres import stage_notes
 from training.config import TrainConfig, to_json
 from training.dataset import ImageDataset
+from training.precision import check_precision, precision_note
 from training.processes import join_processes
 from training.relaunch import run_folder_of_launch
 from training.resume import Resume, continued_config, is_whole_command, newest_run, parse_resume
@@ -40,10 +41,13 @@ def run_training(flags: dict[str, Any]) -> None:
         check_refused({**flags, "resume": resume.network})
     device = join_processes(flags["device"])
     plan = plan_run(flags, resume)
+    check_precision(plan.config, device)
     if flags["batch_gpu"] == "auto" and not flags["dry_run"]:
         plan = fit_microbatch(plan, device)
     click.echo(to_json(plan.config))
     for note in stage_notes(plan.config, flags):
+        click.echo(note)
+    if (note := precision_note(plan.config, device)) is not None:
         click.echo(note)
     if flags["dry_run"]:
         preview(plan)

@@ -54,6 +54,10 @@ def check_refused(flags: dict[str, Any]) -> None:
         raise ConfigError(
             f"--cfg {flags['cfg']} and --preset {flags['preset']} both choose the layers; give one of them"
         )
+    if flags["fp32"] is not None and flags["precision"] not in (None, "fp32" if flags["fp32"] else "paper"):
+        raise ConfigError(
+            f"--fp32 {int(flags['fp32'])} and --precision {flags['precision']} contradict each other; leave one out"
+        )
     check_stage_flags(flags)
     check_objective_flags(flags)
 
@@ -127,7 +131,8 @@ def starting_config(flags: dict[str, Any], stored: NetworkFile | None) -> TrainC
         return dcgan(flags["objective"] or "nonsaturating", data=flags["data"])
     if flags["cfg"] or stored is None:
         return stylegan_xl(flags["cfg"], data=flags["data"])
-    return recipe_of(stored, flags)
+    recipe = recipe_of(stored, flags)  # how a run was carried out, maybe on another machine, is no part of it
+    return replace(recipe, precision="paper", feature_precision="paper", checkpoint_activations=False)
 
 
 def override(config: Any, **values: Any) -> Any:
@@ -204,6 +209,9 @@ def override_schedule(config: TrainConfig, flags: dict[str, Any]) -> TrainConfig
     return override(
         config,
         sync_batchnorm=flags["sync_bn"],
+        checkpoint_activations=flags["checkpoint_activations"],
+        precision="fp32" if flags["fp32"] else flags["precision"],
+        feature_precision=flags["feature_precision"],
         loss=flags["loss"],
         microbatch_size=pick_microbatch(config, flags),
         total_kimg=flags["kimg"],

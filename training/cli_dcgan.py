@@ -48,6 +48,8 @@ STYLEGAN_FLAGS = {  # flag -> what --cfg dcgan lacks for it
     "map_depth": "a mapping network",
     "syn_layers": "StyleGAN3's layers",
     "fp32": "half precision",
+    "precision": "half precision",
+    "feature_precision": "pretrained features",
     "backbones": "pretrained features",
     "official_bn": "pretrained features",
     "embedding": "class embeddings",
@@ -55,6 +57,7 @@ STYLEGAN_FLAGS = {  # flag -> what --cfg dcgan lacks for it
     "freezed": "fine-tuning",
     "superres": "super-resolution stages",
 }
+DASHED_FLAGS = ("map_depth", "official_bn", "feature_precision")  # StyleGAN-XL spells others with underscores
 
 
 def parse_objective(_context: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -87,10 +90,8 @@ def check_objective_flags(flags: dict[str, Any]) -> None:
         )
     for flag, what in STYLEGAN_FLAGS.items():
         if flags[flag] not in (None, False):
-            shown = "--" + (
-                "map-depth" if flag == "map_depth" else flag.replace("official_bn", "official-bn")
-            )
-            raise ConfigError(f"{shown} has no effect: --cfg dcgan has no {what}; leave it out")
+            shown = flag.replace("_", "-") if flag in DASHED_FLAGS else flag
+            raise ConfigError(f"--{shown} has no effect: --cfg dcgan has no {what}; leave it out")
 
 
 def adapt_dcgan(config: TrainConfig, dataset: ImageDataset, flags: dict[str, Any]) -> TrainConfig:

@@ -8,12 +8,13 @@ An absent flag is None, so that the preset's value shows through; the defaults i
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import click
 
 from torch_utils.ops.choice import BACKENDS
 from training.cli_dcgan import parse_objective
-from training.config import ConfigError
+from training.config import ConfigError, FeaturePrecision, Precision
 from training.durations import parse_duration
 from training.ladder import LADDER_NAMES
 from training.presets import PRESETS
@@ -106,7 +107,8 @@ NETWORKS = [
     click.option("--cmax", type=POSITIVE, help="Most feature maps in G  [default: 512]"),
     click.option("--map-depth", type=POSITIVE, help="Layers of the mapping network  [default: 2]"),
     click.option("--syn_layers", type=POSITIVE, help="Layers of the synthesis network  [default: 14]"),
-    click.option("--fp32", **BOOL, help="float32 everywhere, also on CUDA  [default: 0]"),
+    click.option("--fp32", **BOOL,
+                 help="--precision fp32 for good: files are sampled in float32 too, and G has no clamp  [default: 0]"),
     click.option("--backbones", metavar="NAME,..", callback=parse_names,
                  help="timm names of D's feature networks"
                  "  [default: deit_base_distilled_patch16_224,tf_efficientnet_lite0]"),
@@ -155,6 +157,16 @@ RUNNING = [
                  help="What a gradient that is not finite leads to  [default: skip]"),
     click.option("--nonfinite-limit", type=POSITIVE, metavar="N",
                  help="Abort after so many such steps in a row  [default: 10]"),
+    click.option("--precision", type=choice(*get_args(Precision)),
+                 help="What G trains in. paper: fp16 on CUDA in the recipe's layers for it, float32 elsewhere; fp32:"
+                 " float32; bf16, fp16 (CUDA): these layers, or StyleGAN3's where the recipe has none"
+                 "  [default: paper]"),
+    click.option("--feature-precision", type=choice(*get_args(FeaturePrecision)),
+                 help="What D's frozen feature networks compute in. paper: float32; tf32 (NVIDIA GPUs from Ampere on);"
+                 " bf16  [default: paper]"),
+    click.option("--checkpoint-activations", **BOOL,
+                 help="Compute activations again in backward passes instead of keeping them: the same gradients, less"
+                 " memory, more time  [default: 0]"),
     click.option("--sync-bn", **BOOL, help="BatchNorm of D normalises over all processes  [default: 0]"),
     click.option("--cache-data", metavar="DIR", help="Copy the images to this local folder of each machine first"),
     click.option("--ops", type=choice(*BACKENDS),

@@ -19,6 +19,8 @@ from torch_utils.errors import UserError
 from training.dcgan_config import AutoencoderConfig, DCGANDiscriminatorConfig, DCGANGeneratorConfig
 
 T = TypeVar("T")
+Precision = Literal["paper", "fp32", "bf16", "fp16"]
+FeaturePrecision = Literal["paper", "tf32", "bf16"]
 
 
 class ConfigError(UserError):
@@ -59,9 +61,7 @@ class SynthesisConfig:
     filter_size: int = 6  # taps of a low-pass filter per unit of the resampling factor
     lrelu_upsampling: int = 2  # oversampling inside the filtered leaky ReLU
     conv_clamp: float | None = 256.0  # bound on activations inside the filtered leaky ReLU; None = no bound
-    num_fp16_res: int = (
-        4  # layers of the N highest sampling rates run in fp16 on CUDA; 0 = float32 everywhere
-    )
+    num_fp16_res: int = 4  # layers of the N highest sampling rates run in fp16 on CUDA; 0 = none
     magnitude_ema_beta: float = 0.999  # decay of the running input magnitude, per update
 
 
@@ -76,9 +76,7 @@ class SuperresConfig:
     head_layers: int  # new layers before ToRGB
     conv_kernel: int = 3  # 3 for stylegan3-t, 1 for stylegan3-r; may differ from the stem's
     use_radial_filters: bool = False  # radially symmetric downsampling filters (stylegan3-r)
-    conv_clamp: float | None = (
-        256.0  # bound on activations in the head; the official one, whatever the stem's
-    )
+    conv_clamp: float | None = 256.0  # bound on activations in the head, whatever the stem's
     magnitude_ema_beta: float = 0.999  # decay of the head's running input magnitude, per update
 
 
@@ -111,13 +109,9 @@ class DiscriminatorConfig:
         "deit_base_distilled_patch16_224",
         "tf_efficientnet_lite0",
     )  # timm names, in order
-    feature_resolution: int | None = (
-        224  # images are resized to this side first (ViTs always 224); None = as they are
-    )
+    feature_resolution: int | None = 224  # side images are resized to (ViTs always 224); None = as they are
     nominal_resolution: int = 256  # side that the heads' depth is planned for; the official code fixes 256
-    projected_channels: int = (
-        64  # channels of the finest projected level; coarser levels have 1, 2, 4 times as many
-    )
+    projected_channels: int = 64  # of the finest projected level; coarser ones have 1, 2, 4 times as many
     num_levels: int = 4  # feature levels that get a head, from the finest
     head_resolution: int = 8  # heads halve their (nominal) input until this side, then classify 4x4 patches
     max_head_channels: int = 512  # bound on the channels inside a head
@@ -125,9 +119,7 @@ class DiscriminatorConfig:
     num_class_embeddings: int = 1000  # rows of a conditional head's class table; at least c_dim
     embedding_dim: int = 320  # width of a row of that table in plain GAN heads; SAN heads use class_dim
     augment_policy: str = "color,translation,cutout"  # DiffAugment operations; empty = none
-    official_batchnorm_statistics: bool = (
-        False  # repeat the official construction-time shift of the CNN's statistics
-    )
+    official_batchnorm_statistics: bool = False  # repeat the official shift of the CNN's statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +190,7 @@ class TrainConfig:
     """One training run."""
 
     loss: Literal["san", "gan"] = "san"  # SAN heads and objective, or plain ones
-    normalizes_san_weights: bool = (
-        False  # SAN's weights r_J have mean 1 in every batch of real or fake images
-    )
+    normalizes_san_weights: bool = False  # SAN's weights r_J have mean 1 in every real or fake batch
     objective: str = "hinge"  # in san.OBJECTIVES; with --cfg dcgan also in PAIRED_OBJECTIVES, and "began"
     data: DataConfig  # training images
     generator: AnyGeneratorConfig  # G and G_ema
@@ -212,31 +202,26 @@ class TrainConfig:
     embedding_source: str = "random"  # rows: "random", "data" (class means), a file, "stem", "checkpoint"
     batch_size: int  # images per optimizer step, all processes together
     microbatch_size: int  # images per forward pass of one process
-    sync_batchnorm: bool = (
-        False  # BatchNorm of D normalises over all processes; False = over its own micro-batch
-    )
+    sync_batchnorm: bool = False  # D's BatchNorm is over all processes, not over its own micro-batch
     total_kimg: float = 25000.0  # length of the run, thousands of real images
     tick_kimg: float = 4.0  # progress is reported every so many thousand images
-    san_diagnostics_interval: int = (
-        32  # measure SAN's conditions (SAN/* in the log) every N steps of D; 0 = never
-    )
+    san_diagnostics_interval: int = 32  # SAN/* in the log every N steps of D; 0 = never
     snapshot_ticks: int = 50  # images, network file and metrics every N ticks; 0 = at the end only
     metrics: tuple[str, ...] = ()  # names in metrics.names, "name:5" for every fifth snapshot
     best_by: str | None = None  # result that picks best_model; None = the first of the first metric
     evaluate_at_start: bool = False  # also compute the metrics before the first step
     ema_halflife_kimg: float  # half-life of G_ema's weights, thousands of images
-    ema_rampup: float | None = (
-        0.05  # half-life is at most this fraction of the images seen; None = no ramp-up
-    )
+    ema_rampup: float | None = 0.05  # half-life at most this fraction of the images seen; None = no limit
     seed: int = 0  # of weights, latents and augmentation
     resume: str | None = None  # network file to start from
     classes_from: str = "auto"  # with resume: "same", "names", "nearest", "mean", a list, or a file
     frozen_head_blocks: int = 0  # first blocks of every head of D that stay as they are; 0 = none
     path_stem: str | None = None  # network file under the last super-resolution stage; None = trains a stem
-    trains_stem_input: bool = (
-        False  # a stage also trains the stem's Fourier features; official, in paper presets
-    )
+    trains_stem_input: bool = False  # a stage also trains the stem's Fourier features, as officially
     benchmark: bool = True  # let cuDNN pick kernels by timing them
+    checkpoint_activations: bool = False  # backward passes compute activations again instead of keeping them
+    precision: Precision = "paper"  # of G while it trains; paper: fp16 on CUDA as num_fp16_res says
+    feature_precision: FeaturePrecision = "paper"  # of D's frozen networks; paper: float32 without TF32
 
     @property
     def trains_head_only(self) -> bool:
@@ -272,6 +257,10 @@ class TrainConfig:
         if self.frozen_head_blocks and self.resume is None:
             raise ConfigError(
                 f"--freezed {self.frozen_head_blocks} without --resume would freeze random weights; add --resume FILE"
+            )
+        if self.checkpoint_activations and self.is_dcgan:
+            raise ConfigError(
+                "--checkpoint-activations 1 is for StyleGAN-XL's networks; --cfg dcgan's are small, so leave it out"
             )
         if self.trains_head_only and (self.is_dcgan or not self.generator.superres):
             raise ConfigError(

@@ -23,7 +23,7 @@ Effect = Literal["free", "checked", "changes", "refused"]
 EFFECTS: dict[str, Effect] = {
     **dict.fromkeys(("microbatch_size", "benchmark", "data.num_workers", "path_stem"), "free"),
     **dict.fromkeys(("tick_kimg", "snapshot_ticks", "san_diagnostics_interval", "total_kimg"), "free"),
-    **dict.fromkeys(("metrics", "best_by", "evaluate_at_start"), "free"),
+    **dict.fromkeys(("metrics", "best_by", "evaluate_at_start", "checkpoint_activations"), "free"),
     **dict.fromkeys(("resume", "classes_from", "embedding_source"), "free"),
     "data.path": "checked",
     **dict.fromkeys(
@@ -39,6 +39,7 @@ EFFECTS: dict[str, Effect] = {
         "changes",
     ),
     **dict.fromkeys(("generator_optimizer", "discriminator_optimizer"), "changes"),
+    **dict.fromkeys(("precision", "feature_precision"), "changes"),
     **dict.fromkeys(("ema_halflife_kimg", "ema_rampup", "discriminator.augment_policy"), "changes"),
     **dict.fromkeys(("generator.synthesis.num_fp16_res", "generator.synthesis.conv_clamp"), "changes"),
     **dict.fromkeys(("generator.synthesis.magnitude_ema_beta", "generator.mapping.w_avg_beta"), "changes"),

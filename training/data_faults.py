@@ -123,9 +123,7 @@ class WaitReport:
         self._num_workers, self._warn = num_workers, warn
         self._waited_s = 0.0  # since the last report
         self._has_warned = False
-        self.has_started = (
-            False  # False until the first report after the loader was started: that takes its time
-        )
+        self.has_started = False  # the first report after the loader was started takes its time
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from torch_utils.stats import StatsCollector
+from torch_utils.transfer import send
 from training.data_faults import (
     FaultReport,
     Fetched,
@@ -39,9 +40,8 @@ from training.dataset_labels import DatasetError
 from training.stopping import ignore_stop_signals
 
 SAMPLER_BLOCK = 4096  # random offsets drawn at a time; does not change the sequence
-WORKER_TIMEOUT_S = (
-    300  # a batch that takes longer counts as a lost process; retries of a failing read take 26
-)
+# A batch that takes longer counts as a lost process; retries of a failing read take 26.
+WORKER_TIMEOUT_S = 300
 WORKER_POLL_S = 5  # a lost process is noticed after so long
 WORKER_TIMEOUT_S = 300  # a batch that takes longer counts as lost; retries of a failing read take 26 s each
 MAX_RESTARTS, RESTART_WINDOW_BATCHES = 5, 1000  # of the loader's processes, before the run gives up
@@ -159,7 +159,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
             self.close()
             raise
         self.position += self._step
-        return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+        return send(images, self._device), send(labels, self._device)
 
     def close(self) -> None:
         """End the loader's processes; there are no more batches then."""

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_utils.transfer import send
+
 
 @dataclass(frozen=True, eq=False)
 class Draws:
@@ -76,4 +78,4 @@ class Draws:
             yield generator
 
     def _deliver(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        return send(torch.from_numpy(values), self.device)

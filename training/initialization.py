@@ -26,6 +26,7 @@ from training.generator.kinds import AnyGenerator, new_generator
 from training.loss import AdversarialLoss, GuidanceClassifier, ProjectedGANLoss
 from training.network_file import NetworkFile
 from training.network_io import read_network
+from training.precision import apply_precision_
 from training.superres import freeze_stem_, load_stem, reload_stem_, start_from_stem_
 
 EMBEDDING_NETWORK = "tf_efficientnet_lite0"  # the network behind the official table: 320 pooled channels
@@ -47,7 +48,11 @@ class Networks:
 
 
 def new_networks(config: TrainConfig, device: torch.device) -> Networks:
-    """Networks with random weights, what is not trained frozen. Raises UserError for missing pretrained weights."""
+    """Networks with random weights, what is not trained frozen.
+
+    G and D compute as config.precision and config.feature_precision say; G_ema as those who load its file will run it.
+    Raises UserError for missing pretrained weights, and a precision that the device lacks.
+    """
     G = new_generator(config.generator).to(device)
     D = new_discriminator(config.discriminator, head_kind=config.loss).to(device)
     D.set_trainable_(False)  # only discriminator_step turns gradients on
@@ -56,9 +61,12 @@ def new_networks(config: TrainConfig, device: torch.device) -> Networks:
         freeze_stem_(G, config.trains_stem_input)
     if config.frozen_head_blocks:
         D.freeze_blocks_(config.frozen_head_blocks)
+    if config.checkpoint_activations:
+        G.synthesis.recomputes = D.recomputes = True
     if config.sync_batchnorm:
         sync_batchnorm_(D)
         sync_batchnorm_(G)  # --cfg dcgan's; others have none
+    apply_precision_(G, D, config, device)
     return Networks(G, D, G_ema)
 
 

@@ -46,7 +46,7 @@ from training.training_loop import Trainer
 LADDER_FLAGS = {
     *("ladder", "loss", "outdir", "data", "device", "gpus", "batch_gpu", "dry_run", "workers"),
     *("embedding", "path_stem", "backbones", "official_bn", "train_stem_input", "tick", "snap"),
-    *("metrics", "best_by", "seed", "nobench", "ops"),
+    *("metrics", "best_by", "seed", "nobench", "ops", "precision", "feature_precision"),
 }
 SWITCHES = ("superres", "stem")  # False when absent
 STEM_ONLY_FLAGS = ("embedding",)  # a stage takes its class embeddings from the stem

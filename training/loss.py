@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import san
 from san.diagnostics import Recording, Side
 from torch_utils.pretrained import create_pretrained
+from torch_utils.recompute import recompute
 from torch_utils.stats import StatsCollector
 from training.augment import DiffAugment, blur, blur_sigma, parse_policy
 from training.batch import Batch
@@ -34,9 +35,8 @@ PAPER_MICROBATCH_SIZE = 8  # published runs sum the adversarial loss over 8 imag
 class AdversarialLoss(ABC):
     """What the training steps ask of a loss. Images: (N, 3, H, W) in [-1, 1]; cur_nimg: real images seen."""
 
-    directions: DirectionLog | None = (
-        None  # who measures SAN's conditions on the passes of D's own steps, if anybody
-    )
+    # Who measures SAN's conditions on the passes of D's own steps, if anybody.
+    directions: DirectionLog | None = None
 
     def listen(self, side: Side) -> AbstractContextManager[Recording | None]:
         """Around such a pass."""
@@ -76,7 +76,7 @@ class ProjectedGANLoss(AdversarialLoss):
             weights = {"normalize_weights": config.normalizes_san_weights}
             self.real_term = functools.partial(san.san_real_loss, **weights)
             self.fake_term = functools.partial(san.san_fake_loss, **weights)
-        self.guidance = guidance
+        self.guidance, self.recomputes = guidance, config.checkpoint_activations
         self.policy = parse_policy(config.discriminator.augment_policy)
 
     def run_discriminator(
@@ -98,7 +98,8 @@ class ProjectedGANLoss(AdversarialLoss):
         loss = sum(san.generator_loss(self.objective, backbone) for backbone in logits.values())
         report_logits(stats, "fake", logits)
         if self.guidance is not None:
-            guidance_loss = F.cross_entropy(self.guidance(fake_images), labels)
+            classes = recompute(self.guidance, fake_images) if self.recomputes else self.guidance(fake_images)
+            guidance_loss = F.cross_entropy(classes, labels)
             loss = loss + self.terms.cls_weight / PAPER_MICROBATCH_SIZE * guidance_loss
             stats.report("Loss/G/guidance_loss", guidance_loss)
         stats.report("Loss/G/loss", loss)

@@ -26,9 +26,8 @@ from training.sampling import pick_device
 from training.stopping import INTERRUPTED, ORDERLY_CODES, PEER_FAILED, STOPPED
 from training.watchdog import current_watchdog, end_process, start_watchdog, stop_watchdog, write_line
 
-EXIT_FILE_VARIABLE = (
-    "STYLESAN_EXIT_FILE"  # rank 0 writes its exit code there, as torchrun turns every code into 1
-)
+# Rank 0 writes its exit code there, as torchrun turns every code into 1.
+EXIT_FILE_VARIABLE = "STYLESAN_EXIT_FILE"
 QUIET_EXIT_S = 3.0  # before there is a store: time for rank 0 to say it before the launcher stops everybody
 _COLLECTIVE_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "socket", "tcpstore")
 

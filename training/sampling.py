@@ -36,9 +36,8 @@ class Truncation:
 
     psi: float = 1.0  # 1 = not at all, 0 = all the way
     cutoff: int | None = None  # only the first so many style vectors of an image; None = all
-    centroids: Tensor | None = (
-        None  # (K, w_dim): the one nearest to w is the mean; None = w_avg, of the class
-    )
+    # (K, w_dim): the one nearest to w is the mean; None = w_avg, of the class.
+    centroids: Tensor | None = None
 
 
 NO_TRUNCATION = Truncation()

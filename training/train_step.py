@@ -3,7 +3,7 @@
 
 Each accumulates gradients over micro-batches, averages them over processes and makes one optimizer step. A mean over
 the batch is the mean of its parts' means, and random numbers belong to samples (`Batch.draws`), so neither
-`--batch-gpu` nor the number of processes changes the gradient.
+`--batch-gpu` nor the number of processes changes the gradient. A step waits for the device once, in `apply_gradients`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def path_length_step(
 
 def measure_path_lengths(G: Generator, batch: Batch, keeps_graph: bool) -> Tensor:
     """Path lengths (N,) of the batch's latents."""
-    ws = G.mapping(batch.z, batch.fake_labels)
+    ws = G.styles_of(batch.z, batch.fake_labels)
     images = G.synthesis(ws)
     noise = batch.draws.normal("noise", *images.shape[1:])
     return path_lengths(images, ws, noise / (images.shape[2] * images.shape[3]) ** 0.5, keeps_graph)
@@ -115,7 +115,7 @@ def discriminator_step(
     microbatches, styles = batch.split(context.config.microbatch_size), []
     for mb in microbatches:
         with torch.no_grad():
-            ws = G.mapping(mb.z, mb.fake_labels)
+            ws = G.styles_of(mb.z, mb.fake_labels)
             fake_images = G.synthesis(ws)
         styles.append(ws[:, 0])
         parts = []
@@ -137,11 +137,11 @@ def mix_styles(G: AnyGenerator, batch: Batch, probability: float) -> Tensor:
 
     So they do with `probability`, for each image apart.
     """
-    ws = G.mapping(batch.z, batch.fake_labels)
+    ws = G.styles_of(batch.z, batch.fake_labels)
     if probability == 0:
         return ws
     draws = batch.draws.within("mixing")
-    other_ws = G.mapping(draws.normal("z", G.z_dim), batch.fake_labels)
+    other_ws = G.styles_of(draws.normal("z", G.z_dim), batch.fake_labels)
     is_mixed = draws.uniform("chance") < probability  # (N,)
     crossovers = draws.integers("crossover", 1, G.num_ws)  # (N,): the first layer of the second latent
     layers = torch.arange(G.num_ws, device=ws.device)
@@ -166,7 +166,8 @@ def moves_per_step(config: TrainConfig) -> float:
 def apply_gradients(network: nn.Module, optimizer: Optimizer, context: StepContext, step: Step) -> None:
     """Average gradients over processes and step, unless one is not finite: then skip the step and say which.
 
-    Whether the run goes on is for `Health.enforce` to say, after the iteration.
+    Whether the run goes on is for `Health.enforce` to say, after the iteration. That it steps or not is decided here,
+    on the host, so that a skipped step moves nothing, not even what the optimizer counts: the step's one wait.
     """
     named = [(name, p) for name, p in network.named_parameters() if p.grad is not None]
     own = averaged = GradientNorms.of(named)

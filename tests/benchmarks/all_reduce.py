@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""How gradients should be averaged over processes: in flat buckets after the backward pass, tensor by tensor, or
-overlapped with it.
+"""How gradients should be averaged over processes: in flat buckets after the backward pass, tensor by tensor,
+overlapped with it, or where they are, as parts of one buffer.
 
     python tests/benchmarks/all_reduce.py                    two processes on this machine's CPU (gloo)
     torchrun --nproc-per-node=8 tests/benchmarks/all_reduce.py --device cuda
 
-Prints, for two networks, the time of a backward pass with each way of averaging, and without, taken in turn.
+Prints, for three networks, the time of a backward pass with each way of averaging, and without, taken in turn.
+Clearing the gradients before counts, as one buffer has to be filled with zeros.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the check
 
 from torch_utils.distributed import average_, average_gradients_  # noqa: E402
 from training.generator.generator import Generator  # noqa: E402
-from training.presets import quickstart  # noqa: E402
+from training.presets import PRESETS, quickstart  # noqa: E402
 
 WIDTH, NUM_LAYERS, NUM_ROWS = 1024, 19, 256  # of the large network: 20 million parameters
 OVERLAPPED_BYTES = 8 * 2**20  # of a bucket that is sent during the backward pass
@@ -73,12 +74,39 @@ class Overlapped:
         self.missing = [len(bucket) for bucket in self.buckets]
 
 
+class OneBuffer:
+    """All gradients as parts of one tensor, which is averaged without copies, but has to be zero before."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        parts = self.flat.split([p.numel() for p in parameters])
+        self.views = [(p, part.view_as(p)) for p, part in zip(parameters, parts, strict=True)]
+
+    def clear(self) -> None:
+        """Before the backward pass, which then adds to the buffer instead of handing over its results."""
+        self.flat.zero_()
+        for parameter, view in self.views:
+            parameter.grad = view
+
+    def average(self) -> None:
+        """After the backward pass."""
+        if dist.get_world_size() > 1:
+            dist.all_reduce(self.flat)
+            self.flat /= dist.get_world_size()
+
+
 def quickstart_generator(device: torch.device) -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
     """Its parameters that get gradients, and a loss of a few images."""
     G = Generator(quickstart().generator).to(device)
     z = torch.randn(BATCH_SIZE, G.z_dim, device=device)
     labels = torch.arange(BATCH_SIZE, device=device) % G.c_dim if G.c_dim else None
     return list(G.parameters()), lambda: G(z, labels).square().mean()
+
+
+def cifar10_weights(device: torch.device) -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
+    """Those of a published G, with a loss whose gradient costs next to nothing."""
+    parameters = list(Generator(PRESETS["cifar10-16"]().generator).to(device).parameters())
+    return parameters, lambda: sum(p.square().sum() for p in parameters)
 
 
 def wide_network(device: torch.device) -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
@@ -89,7 +117,11 @@ def wide_network(device: torch.device) -> tuple[list[nn.Parameter], Callable[[],
     return list(network.parameters()), lambda: network(x).square().mean()
 
 
-NETWORKS = {"quickstart's G": quickstart_generator, "wide": wide_network}
+NETWORKS = {
+    "quickstart's G": quickstart_generator,
+    "weights of cifar10-16's G": cifar10_weights,
+    "wide": wide_network,
+}
 
 
 def time_ways(
@@ -97,19 +129,22 @@ def time_ways(
     loss: Callable[[], Tensor],
     ways: dict[str, Callable[[], None]],
     overlapped: Overlapped,
+    buffer: OneBuffer,
     num_steps: int,
 ) -> dict[str, list[float]]:
     """Seconds of backward passes with each way of averaging, in turn, all processes starting together."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(num_steps + 2):
         for way, average in ways.items():
-            for parameter in parameters:
-                parameter.grad = None
             overlapped.is_on = average == overlapped.finish
             value = loss()
             synchronize(parameters[0].device)
             dist.barrier()
             start = time.perf_counter()
+            for parameter in parameters:
+                parameter.grad = None
+            if average == buffer.average:
+                buffer.clear()
             value.backward()
             average()
             synchronize(parameters[0].device)
@@ -135,15 +170,16 @@ def measure(device: torch.device, num_steps: int) -> None:
         parameters = [p for p in parameters if p.grad is not None]
         count = sum(p.numel() for p in parameters)
         say(f"{name}: {count / 1e6:.1f} million parameters in {len(parameters)} tensors")
-        overlapped = Overlapped(parameters)
+        overlapped, buffer = Overlapped(parameters), OneBuffer(parameters)
         ways: dict[str, Callable[[], None]] = {
             "no averaging": lambda: None,
             "buckets of 64 MiB": lambda p=parameters: average_gradients_(p),
             "one bucket": lambda p=parameters: average_([x.grad for x in p], bucket_bytes=2**40),
             "tensor by tensor": lambda p=parameters: average_([x.grad for x in p], bucket_bytes=1),
             "overlapped": overlapped.finish,
+            "one buffer": buffer.average,
         }
-        for way, seconds in time_ways(parameters, loss, ways, overlapped, num_steps).items():
+        for way, seconds in time_ways(parameters, loss, ways, overlapped, buffer, num_steps).items():
             middle, least = (1000 * f(seconds) for f in (statistics.median, min))
             say(f"  {way:<18s} {middle:8.1f} {least:8.1f}")
 

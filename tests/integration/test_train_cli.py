@@ -31,7 +31,7 @@ OWN_FLAGS = [
     "--train-stem-input",
     "--objective",
 ]
-OWN_FLAGS += ["--classes-from", "--blur-kimg"]
+OWN_FLAGS += ["--classes-from", "--blur-kimg", "--precision", "--feature-precision"]
 QUICKSTART = ("--preset", "quickstart", "--embedding", "random", "--device", "cpu")
 
 
@@ -124,6 +124,7 @@ def test_dry_run_needs_no_training_code(monkeypatch):
         (["--metrics", "none"], "metrics", ()),
         (["--metrics", "fd_lite0"], "metrics", ("fd_lite0",)),
         (["--nobench", "1"], "benchmark", False),
+        (["--checkpoint-activations", "1"], "checkpoint_activations", True),
         (["--batch", "16"], "batch_size", 16),
         (["--batch", "16"], "microbatch_size", 16),
         (["--batch", "16", "--batch-gpu", "4"], "microbatch_size", 4),

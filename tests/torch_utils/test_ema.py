@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Moving average of weights: the official decay table, the half-life it is named after, parameters and buffers."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +59,15 @@ def test_frozen_average_of_a_trained_network():
 def test_networks_that_differ_are_refused():
     with pytest.raises(ValueError, match="zip"):
         update_ema_(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), 0.5)
+
+
+def test_all_parameters_at_once_move_as_each_would():
+    torch.manual_seed(0)
+    live = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    ema = copy.deepcopy(live).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in live.parameters():
+            parameter.normal_()
+    expected = [a.lerp(b.detach(), 1 - 0.9) for a, b in zip(ema.parameters(), live.parameters(), strict=True)]
+    update_ema_(ema, live, 0.9)
+    assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), expected, strict=True))

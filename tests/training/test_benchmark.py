@@ -22,6 +22,7 @@ from training.benchmark.measure import Comparison, Machine, Timing
 from training.benchmark.recipes import DEFAULT_RECIPES, benchmark_config
 from training.benchmark.subjects import OurTrainer, build_networks, draw_images
 from training.generator.generator import Generator
+from training.generator.reach import reached_paddings
 from training.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -94,11 +95,15 @@ def test_flops_of_layers_follow_their_formula():
         G = Generator(config.generator)
     forward, backward = floor.generator_work(G, 2, "cpu")
     convolutions = filters = 0
-    for layer in G.synthesis.layers:
+    size = G.synthesis.plan.input.size
+    for layer, padding in zip(G.synthesis.layers, reached_paddings(G.synthesis.plan.layers), strict=True):
         plan = layer.plan
-        pixels = (plan.source.size + plan.conv_kernel - 1) ** 2
-        convolutions += 2 * 2 * pixels * plan.source.channels * plan.target.channels * plan.conv_kernel**2
-        filters += floor.filter_work(layer, 2).flops
+        side = size + plan.conv_kernel - 1
+        convolutions += 2 * 2 * side**2 * plan.source.channels * plan.target.channels * plan.conv_kernel**2
+        x = torch.zeros(2, plan.target.channels, side, side, device="meta")
+        size, work = floor.filter_work(layer, x, sum(padding[:2]))
+        filters += work.flops
+    assert size == G.img_resolution
     assert forward.full.flops == pytest.approx(
         convolutions + filters, rel=0.2
     )  # styles and the input come on top
@@ -118,10 +123,12 @@ def test_filter_work_of_a_separable_filter():
     layer = next(x for x in G.synthesis.layers if (x.plan.up_taps, x.plan.down_taps) == (12, 12))
     plan = layer.plan
     size, out, channels = plan.source.size + 2, plan.target.size, plan.target.channels
+    x = torch.zeros(1, channels, size, size, device="meta")
     full = 2 * size + sum(plan.padding[:2]) - 11
     assert (full - 11 + 1) // 2 == out
     macs = 6 * (size * full + full * full) + 12 * (full * out + out * out)
-    assert floor.filter_work(layer, 1).flops == 2 * channels * macs
+    side, work = floor.filter_work(layer, x, sum(plan.padding[:2]))
+    assert side == out and work.flops == 2 * channels * macs
 
 
 def test_work_of_an_iteration_grows_with_the_batch():

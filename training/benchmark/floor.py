@@ -23,6 +23,7 @@ from training.benchmark.measure import Machine, set_up, synchronize
 from training.config import TrainConfig
 from training.discriminator.projected import ProjectedDiscriminator
 from training.generator.generator import Generator
+from training.generator.reach import reached_paddings
 from training.generator.synthesis import SynthesisLayer
 from training.loss import GuidanceClassifier
 from training.superres import freeze_stem_
@@ -134,10 +135,11 @@ def generator_work(G: Generator, num_images: int, device_type: str) -> tuple[Pha
         with counting() as work:
             x = G.synthesis.input(w)
         works[False, False] += work
-        needs_grad = x.requires_grad
-        for layer in G.synthesis.layers:
-            source, is_half = layer.plan.source, layer.plan.use_fp16 and device_type == "cuda"
-            x = torch.zeros(num_images, source.channels, source.size, source.size).requires_grad_(needs_grad)
+        needs_grad, size = x.requires_grad, x.shape[2]
+        paddings = reached_paddings(G.synthesis.plan.layers)
+        for layer, padding in zip(G.synthesis.layers, paddings, strict=True):
+            is_half = layer.plan.use_fp16 and device_type == "cuda"
+            x = torch.zeros(num_images, layer.plan.source.channels, size, size).requires_grad_(needs_grad)
             with counting() as forward:
                 y = modulated_conv2d(x, layer.weight, layer.affine(w), padding=layer.plan.conv_kernel - 1)
             backward = Work()
@@ -145,7 +147,7 @@ def generator_work(G: Generator, num_images: int, device_type: str) -> tuple[Pha
                 with counting() as backward:
                     y.sum().backward()
             needs_grad = y.requires_grad
-            filters = filter_work(layer, num_images)
+            size, filters = filter_work(layer, y, padding[0] + padding[1])
             item = 0.5 if is_half else 1.0
             for is_back, found in (
                 (False, forward + filters),
@@ -156,15 +158,15 @@ def generator_work(G: Generator, num_images: int, device_type: str) -> tuple[Pha
     return forward, backward
 
 
-def filter_work(layer: SynthesisLayer, num_images: int) -> Work:
-    """Work of a layer's filtered leaky ReLU: its filters' taps, and its input and output once.
+def filter_work(layer: SynthesisLayer, x: Tensor, padding: int) -> tuple[int, Work]:
+    """Side of the output of a layer's filtered leaky ReLU on x (N, C, size, size), and its work.
 
-    A radial filter is a sum of separable ones or a square of taps, whichever is less.
+    padding: before and after, in sum. The work is that of the filters' taps, and moving input and output once. A radial
+    filter is a sum of separable ones or a square of taps, whichever is less.
     """
-    plan, padding = layer.plan, layer.plan.padding
-    size = plan.source.size + plan.conv_kernel - 1
-    full = size * plan.up_factor + padding[0] + padding[1] - (plan.up_taps - 1)  # side while up-sampled
-    out, maps = plan.target.size, num_images * plan.target.channels
+    plan, size, maps = layer.plan, x.shape[2], x.shape[0] * x.shape[1]
+    full = size * plan.up_factor + padding - (plan.up_taps - 1)  # side while up-sampled
+    out = (full - plan.down_taps) // plan.down_factor + 1
     up_taps = plan.up_taps / plan.up_factor  # others meet inserted zeros
     macs = (size * full + full * full) * up_taps if plan.up_taps > 1 else 0.0
     if plan.down_taps > 1:
@@ -175,7 +177,7 @@ def filter_work(layer: SynthesisLayer, num_images: int) -> Work:
             rank = int((singular > NEGLIGIBLE * singular[0]).sum())
             separable = min(separable * rank, out * out * plan.down_taps**2)
         macs += separable
-    return Work(2.0 * maps * macs, float(ITEM_BYTES * maps * (size * size + out * out)))
+    return out, Work(2.0 * maps * macs, float(ITEM_BYTES * maps * (size * size + out * out)))
 
 
 def discriminator_work(

@@ -10,8 +10,17 @@ from training.generator.network_plan import plan_network
 from training.presets import PRESETS
 
 DEFAULT_RECIPES = ("cifar10-16", "imagenet-256")  # a stem and a super-resolution stage that were published
+HOST_BATCHES = {"imagenet-256": 2}  # of it the naive form keeps 5 GiB per image
+HOST_BATCH, GPU_BATCH, QUICK_BATCH = 4, 8, 4  # images in one pass where nothing else is said
 HOST_WIDTHS = {"imagenet-256": 0.125}  # on CPUs; what is not here is measured at full width
 STEADY_NIMG = 2_000_000  # the stretch of a run that is measured: no blur any more, path length has begun
+
+
+def default_batch(name: str, device_type: str, is_tiny: bool) -> int:
+    """Images in one pass of the preset `name`."""
+    if is_tiny:
+        return QUICK_BATCH
+    return HOST_BATCHES.get(name, HOST_BATCH) if device_type == "cpu" else GPU_BATCH
 
 
 def benchmark_config(name: str, batch_size: int, width: float = 1.0, is_tiny: bool = False) -> TrainConfig:

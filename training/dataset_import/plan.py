@@ -15,9 +15,8 @@ from training.dataset_import.image_list import ImageList
 from training.dataset_import.writer import check_free_space
 
 QUIET_COUNT = 2000  # headers that are read so fast that no bar is needed
-FILE_OVERHEAD_BYTES = (
-    400  # of a PNG over its pixels and of a zip over its files, for the estimate of the space
-)
+# Of a PNG over its pixels and of a zip over its files, for the estimate of the space.
+FILE_OVERHEAD_BYTES = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +29,8 @@ class ImportOptions:
     transform: str | None = None  # name in transforms.TRANSFORMS; None = stretch
     resolution: tuple[int, int] | None = None  # (width, height), pixels; None = keep
     labels_from_folders: bool = False  # class = first folder
-    drop_unlabelled: bool = (
-        False  # leave out images without label; else one such image costs all their labels
-    )
+    # Leave out images without label; else one such image costs all their labels.
+    drop_unlabelled: bool = False
     official: bool = False  # EXIF rotation ignored, grey ImageNet images dropped, no class names
     strict: bool = False  # fail at the first image that would be dropped
     overwrite: bool = False  # replace a zip that exists

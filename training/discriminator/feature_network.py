@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_utils.pretrained import create_pretrained
-from training.config import ConfigError
+from training.config import ConfigError, FeaturePrecision
 from training.discriminator.frozen_conv import fold_batchnorm_
+from training.discriminator.reduced_precision import round_to_bfloat16_, run_in_tf32
 
 MAX_LEVELS = 4  # feature maps of a network
 CNN_REDUCTIONS = (4, 8, 16, 32)  # image side / side of the feature map, per level
@@ -34,6 +35,7 @@ class FeatureNetwork(nn.Module):
     `backbone` holds the pretrained part, which is never saved; a subclass may have random layers beside it.
     """
 
+    precision: FeaturePrecision = "paper"  # see `set_precision_`
     channels: tuple[int, ...]  # of the feature maps, finest first
     required_resolution: int | None = None  # side that the images must be resized to; None = any
 
@@ -51,9 +53,33 @@ class FeatureNetwork(nn.Module):
         """Images (N, 3, H, W) in [-1, 1] with the mean and deviation that the network was trained on."""
         return images if self.is_identity_normalization else images * self.input_scale + self.input_shift
 
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of normalised images (N, 3, H, W), of the images' type in every precision."""
+        if self.precision == "tf32":
+            return run_in_tf32(self.feature_maps, images)
+        return self.feature_maps(images)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """What `forward` gives, with the process's switches as they are."""
+        raise NotImplementedError
+
     def level_sizes(self, resolution: int) -> tuple[int, ...]:
         """Sides of the feature maps for square images, in pixels, finest first."""
         raise NotImplementedError
+
+    def set_precision_(self, precision: FeaturePrecision) -> None:
+        """Compute in "paper" (float32), "tf32" (in float32 layers on CUDA) or "bf16" from now on.
+
+        "bf16" rounds the pretrained weights, after BatchNorms were folded, for good. BatchNorms that were not folded
+        stay in float32, as do random layers that are saved with the discriminator.
+        """
+        self.precision = precision
+        if precision == "bf16":
+            round_to_bfloat16_(self.backbone)
+
+    def to_own_type(self, images: Tensor) -> Tensor:
+        """Images in the type that the pretrained part computes in."""
+        return images.to(torch.bfloat16) if self.precision == "bf16" else images
 
     def train(self, mode: bool = True) -> FeatureNetwork:
         """Stays in evaluation mode whatever `mode` is: nothing frozen may depend on the batch."""
@@ -83,9 +109,9 @@ class CNNFeatures(FeatureNetwork):
             backbone.blocks = backbone.blocks[: last_stage + 1]
         self.requires_grad_(False).eval()
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        images = images.contiguous(memory_format=torch.channels_last)
-        return self.backbone(images)[self._first :][: len(self.channels)]
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        x = self.to_own_type(images).contiguous(memory_format=torch.channels_last)
+        return [y.to(images.dtype) for y in self.backbone(x)[self._first :][: len(self.channels)]]
 
     def level_sizes(self, resolution: int) -> tuple[int, ...]:
         return tuple(-(-resolution // reduction) for reduction in CNN_REDUCTIONS[: len(self.channels)])
@@ -150,17 +176,17 @@ class ViTFeatures(FeatureNetwork):
         self.reassemble = nn.ModuleList(layers[:num_levels])
         self.requires_grad_(False).eval()
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
         grid = (images.shape[2] // 16, images.shape[3] // 16)
         return [
-            layer(tokens[:, self.backbone.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid))
+            layer(tokens[:, self.backbone.num_prefix_tokens :].to(images).transpose(1, 2).unflatten(2, grid))
             for layer, tokens in zip(self.reassemble, self.block_tokens(images), strict=True)
         ]
 
     def block_tokens(self, images: Tensor) -> list[Tensor]:
         """Tokens (N, prefix + patches, width) after each used block, before the final LayerNorm."""
         vit = self.backbone
-        patches = vit.patch_embed.proj(images)  # (N, width, H / 16, W / 16)
+        patches = vit.patch_embed.proj(self.to_own_type(images))  # (N, width, H / 16, W / 16)
         prefix = [vit.cls_token] + ([vit.dist_token] if vit.num_prefix_tokens == 2 else [])
         tokens = torch.cat(
             [*(token.expand(len(images), -1, -1) for token in prefix), patches.flatten(2).transpose(1, 2)],

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from san import SANLogits
-from training.config import ConfigError, DiscriminatorConfig
+from torch_utils.recompute import recompute
+from training.config import ConfigError, DiscriminatorConfig, FeaturePrecision
 from training.discriminator.feature_network import MAX_LEVELS, build_feature_network, resize
 from training.discriminator.heads import DownBlock, HeadKind, ProjectionHead
 from training.discriminator.projector import Projector
@@ -38,6 +39,7 @@ class ProjectedDiscriminator(nn.Module):
         super().__init__()
         _check_config(cfg, head_kind)
         self.cfg = cfg
+        self.recomputes = False  # a backward pass to the images computes all that is frozen again
         self.feature_networks = nn.ModuleDict()
         self.projectors = nn.ModuleDict()
         self.heads = nn.ModuleDict()
@@ -88,10 +90,19 @@ class ProjectedDiscriminator(nn.Module):
     def backbone_logits(self, name: str, images: Tensor, labels: Tensor | None) -> SANLogits:
         """Logits (N, K) of one backbone for images (N, 3, H, W) in [-1, 1] that are augmented already."""
         key = module_key(name)
+        projected = recompute(self.project, key, images) if self.recomputes else self.project(key, images)
+        return torch.cat([head(x, labels) for head, x in zip(self.heads[key], projected, strict=True)], dim=1)
+
+    def project(self, key: str, images: Tensor) -> list[Tensor]:
+        """All that is frozen: projected feature maps, finest first. key: `module_key` of a backbone."""
         network = self.feature_networks[key]
         resolution = network.required_resolution or self.cfg.feature_resolution
-        projected = self.projectors[key](network(resize(network.normalize(images), resolution)))
-        return torch.cat([head(x, labels) for head, x in zip(self.heads[key], projected, strict=True)], dim=1)
+        return self.projectors[key](network(resize(network.normalize(images), resolution)))
+
+    def set_feature_precision_(self, precision: FeaturePrecision) -> None:
+        """What the pretrained networks compute in from now on; all else, and what goes in and out, stays float32."""
+        for network in self.feature_networks.values():
+            network.set_precision_(precision)
 
     # What is trained.
 

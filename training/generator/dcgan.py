@@ -62,7 +62,10 @@ class DCGANGenerator(nn.Module):
             )
         if z.ndim != 2 or z.shape[1] != self.z_dim:
             raise ValueError(f"z of shape {tuple(z.shape)} is not (N, {self.z_dim})")
-        ids = labels_to_ids(c, self.c_dim, len(z))
+        return self.styles_of(z, labels_to_ids(c, self.c_dim, len(z)))
+
+    def styles_of(self, z: Tensor, ids: Tensor | None) -> Tensor:
+        """As `mapping`, for training: ids, int64 (N,), are known to be classes, and a GPU is not waited for."""
         w = latent_inputs(z.float(), self.cfg)
         if ids is not None:
             w = torch.cat([w, F.one_hot(ids, self.c_dim).to(w)], dim=1)

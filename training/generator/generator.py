@@ -55,6 +55,13 @@ class Generator(nn.Module):
         ws = self.mapping(z, c, truncation_psi, truncation_cutoff, update_emas)
         return self.synthesis(ws, update_emas=update_emas)
 
+    def styles_of(self, z: Tensor, ids: Tensor | None) -> Tensor:
+        """Style vectors (N, num_ws, w_dim) as `mapping` gives them, for training: nothing waits for the device.
+
+        z: (N, z_dim); ids: int64 (N,), classes that are known to exist, or None if unconditional.
+        """
+        return self.mapping.map_ids(z, ids).unsqueeze(1).repeat(1, self.num_ws, 1)
+
     def update_w_avg_(self, w: Tensor, ids: Tensor | None, num_moves: float) -> None:
         """Move the running mean of w as `MappingNetwork.update_w_avg_` does."""
         self.mapping.update_w_avg_(w, ids, num_moves)

@@ -14,6 +14,8 @@ from itertools import pairwise
 
 from training.config import ConfigError, SynthesisConfig
 
+HALF_RATES = 4  # highest rates, in half precision if asked for where num_fp16_res is 0; as in StyleGAN3
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
@@ -41,6 +43,7 @@ class LayerPlan:
     is_torgb: bool  # the last layer: no demodulation, no nonlinearity, no filters
     is_critically_sampled: bool  # the cutoff is at the band limit: fine detail matters more than aliasing
     use_fp16: bool  # runs in half precision on CUDA
+    allows_half: bool  # runs in it where a run asks for it; see HALF_RATES
     conv_kernel: int  # side of the convolution's kernel
     oversampled_rate: int  # sampling rate at which the nonlinearity is applied
     up_factor: int
@@ -141,6 +144,7 @@ def _connect(
         is_torgb=is_torgb,
         is_critically_sampled=is_critical,
         use_fp16=target.sampling_rate * 2**cfg.num_fp16_res > cfg.img_resolution,
+        allows_half=target.sampling_rate * 2 ** (cfg.num_fp16_res or HALF_RATES) > cfg.img_resolution,
         conv_kernel=conv_kernel,
         oversampled_rate=oversampled_rate,
         up_factor=up,

@@ -110,7 +110,7 @@ class MappingNetwork(nn.Module):
                 f"truncation_cutoff={truncation_cutoff} is negative; pass 0...{self.num_ws} or None"
             )
         ids = labels_to_ids(c, self.cfg.c_dim, len(z))
-        w = self._map(z, ids)
+        w = self.map_ids(z, ids)
         if update_emas:
             self.update_w_avg_(w, ids)
         if truncation_psi == 1:
@@ -121,7 +121,11 @@ class MappingNetwork(nn.Module):
         parts = [truncated] * num_truncated + [w] * (self.num_ws - num_truncated)
         return torch.stack(parts, dim=1)  # (N, num_ws, w_dim)
 
-    def _map(self, z: Tensor, ids: Tensor | None) -> Tensor:
+    def map_ids(self, z: Tensor, ids: Tensor | None) -> Tensor:
+        """One style vector per image, (N, w_dim), without truncation; ids: int64 (N,), known to be classes.
+
+        They are not looked at, so this does not wait for the device, as `forward` does.
+        """
         x = normalize_second_moment(z.float())
         if ids is not None:
             y = self.embed_proj(self.embed(ids))

@@ -13,9 +13,7 @@ from training.config import ConfigError, GeneratorConfig, SuperresConfig, Synthe
 from training.generator.layer_plan import LayerPlan, LayerSpec, connect_layers, plan_layers, space_layers
 
 UP_FACTORS = (2, 4, 8, 16)
-HEAD_CRITICAL_LAYERS = (
-    2  # a head's cutoffs reach the image's this many layers before ToRGB, whatever the stem's
-)
+HEAD_CRITICAL_LAYERS = 2  # a head's cutoffs reach the image's so many layers before ToRGB
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ that a `NetworkPlan` lays out. Attribute names are those of the official state d
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -16,8 +17,13 @@ from torch_utils.layers import FullyConnectedLayer
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.filters import design_lowpass_filter
 from torch_utils.ops.modulated_conv import modulated_conv2d
+from torch_utils.recompute import recompute
+from training.config import Precision
 from training.generator.layer_plan import LayerPlan
 from training.generator.network_plan import NetworkPlan
+from training.generator.reach import Padding, reached_paddings
+
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of a run that asks for half precision
 
 
 class SynthesisInput(nn.Module):
@@ -83,6 +89,7 @@ class SynthesisLayer(nn.Module):
     def __init__(self, plan: LayerPlan, w_dim: int) -> None:
         super().__init__()
         self.plan = plan
+        self.precision: Precision = "paper"  # see SynthesisNetwork.set_precision_
         source, target, k = plan.source, plan.target, plan.conv_kernel
         self.affine = FullyConnectedLayer(w_dim, source.channels, bias_init=1)
         self.weight = nn.Parameter(torch.randn(target.channels, source.channels, k, k))
@@ -96,18 +103,24 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("up_filter", up_filter)  # None without a filter
         self.register_buffer("down_filter", down_filter)
 
-    def forward(self, x: Tensor, w: Tensor, force_fp32: bool = False, update_emas: bool = False) -> Tensor:
-        """x: (N, C, H, W); w: (N, w_dim). Half precision on CUDA if the plan says so, else float32.
+    def forward(
+        self,
+        x: Tensor,
+        w: Tensor,
+        force_fp32: bool = False,
+        update_emas: bool = False,
+        padding: Padding | None = None,
+    ) -> Tensor:
+        """x: (N, C, H, W); w: (N, w_dim). The result is of the type that `dtype_on` names.
 
-        On the meta device as on CUDA: that is where its memory is counted.
+        padding: in place of the plan's, see `reach`.
         """
         plan = self.plan
         if update_emas:
             with torch.no_grad():
                 magnitude = x.float().square().mean()
                 self.magnitude_ema.copy_(magnitude.lerp(self.magnitude_ema, plan.magnitude_ema_beta))
-        use_fp16 = plan.use_fp16 and not force_fp32 and x.device.type in ("cuda", "meta")
-        dtype = torch.float16 if use_fp16 else torch.float32
+        dtype = torch.float32 if force_fp32 else self.dtype_on(x.device)
         styles = self.affine(w)
         if plan.is_torgb:
             styles = styles * (1 / math.sqrt(self.weight[0].numel()))
@@ -126,11 +139,20 @@ class SynthesisLayer(nn.Module):
             b=self.bias.to(dtype),
             up=plan.up_factor,
             down=plan.down_factor,
-            padding=list(plan.padding),
+            padding=list(padding or plan.padding),
             gain=1.0 if plan.is_torgb else math.sqrt(2),
             slope=1.0 if plan.is_torgb else 0.2,
             clamp=plan.conv_clamp,
         )
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """In what the layer computes. "paper": float16 on CUDA if the plan says so, else float32.
+
+        On the meta device as on CUDA: that is where its memory is counted.
+        """
+        if self.precision == "paper":
+            return torch.float16 if self.plan.use_fp16 and device.type in ("cuda", "meta") else torch.float32
+        return HALF_DTYPES.get(self.precision, torch.float32) if self.plan.allows_half else torch.float32
 
 
 class SynthesisNetwork(nn.Module):
@@ -155,6 +177,8 @@ class SynthesisNetwork(nn.Module):
             sampling_rate=first.sampling_rate,
             bandwidth=first.cutoff,
         )
+        self._reached_paddings = reached_paddings(plan.layers)
+        self.recomputes = False  # the backward pass computes each layer again, from its input
         self.layer_names = [layer.name for layer in plan.layers]
         for layer in plan.layers:
             self.add_module(layer.name, SynthesisLayer(layer, w_dim))
@@ -164,15 +188,26 @@ class SynthesisNetwork(nn.Module):
         """The layers in order, ToRGB last."""
         return [self.get_submodule(name) for name in self.layer_names]
 
+    def set_precision_(self, precision: Precision) -> None:
+        """In what the layers compute from now on: a way to run the network, of which files know nothing.
+
+        "bf16" and "fp16": layers for which `LayerPlan.allows_half`, on any device; all other layers float32.
+        """
+        for layer in self.layers:
+            layer.precision = precision
+
     def forward(self, ws: Tensor, force_fp32: bool = False, update_emas: bool = False) -> Tensor:
         """Images, nominally in [-1, 1]. `update_emas` first moves each layer's running input magnitude.
 
-        `force_fp32` keeps layers planned for half precision in float32; they are anywhere but on CUDA.
+        `force_fp32` keeps all layers in float32 in this pass, whatever `set_precision_` says.
         """
         if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(f"ws of shape {tuple(ws.shape)} is not (N, {self.num_ws}, {self.w_dim})")
         first, *rest = ws.float().unbind(dim=1)
         x = self.input(first)
-        for layer, w in zip(self.layers, rest, strict=True):
-            x = layer(x, w, force_fp32=force_fp32, update_emas=update_emas)
+        # Running magnitudes are those of whole feature maps.
+        paddings = [None] * len(rest) if update_emas else self._reached_paddings
+        for layer, w, padding in zip(self.layers, rest, paddings, strict=True):
+            run = functools.partial(layer, force_fp32=force_fp32, update_emas=update_emas, padding=padding)
+            x = recompute(run, x, w) if self.recomputes and not update_emas else run(x, w)
         return (x * self.plan.output_scale).float()
