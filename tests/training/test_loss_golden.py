@@ -371,7 +371,7 @@ def crossings(
     flat, gradient = before.reshape(-1), after.grad.reshape(-1)
     is_leaky = isinstance(module, nn.LeakyReLU)
     for corner in (0.0,) if is_leaky else (0.0, 6.0):
-        near = (flat.detach() - corner).abs() < 4e-6 * flat.detach().abs().max()
+        near = (flat.detach() - corner).abs() < 2e-6 * flat.detach().abs().max()
         for index in near.nonzero().flatten().tolist():
             is_open = flat[index] > 0 if is_leaky else 0 < flat[index] < 6
             jump = (1 - module.negative_slope) if is_leaky else 1.0
