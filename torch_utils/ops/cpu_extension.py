@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,6 +51,27 @@ def load_operators() -> str:
     except BuildError as error:
         return str(error)
     return ""
+
+
+class Operators:
+    """The operators that one module serves; `register_rules` tells torch their shapes and derivatives."""
+
+    def __init__(self, register_rules: Callable[[], None]) -> None:
+        self._register_rules = register_rules
+        self._reason: str | None = (
+            None  # known from the first call on: torch.compile reads it then as a constant
+        )
+
+    def reason_for_absence(self) -> str:
+        """Empty if they are there, after building them if need be; otherwise why not.
+
+        Call it once before a `torch.compile(fullgraph=True)`, which cannot look into the building.
+        """
+        if self._reason is None:
+            self._reason = load_operators()
+            if not self._reason:
+                self._register_rules()
+        return self._reason
 
 
 def library_path() -> Path:

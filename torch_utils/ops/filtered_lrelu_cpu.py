@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_utils.ops.banded import num_positions
-from torch_utils.ops.cpu_extension import NAME, load_operators
+from torch_utils.ops.cpu_extension import NAME, Operators
 from torch_utils.ops.upfirdn2d import Padding, filter_size, parse_padding
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # bfloat16 is computed in float32
@@ -28,22 +28,6 @@ def supports(x: Tensor) -> bool:
     On the meta device, where memory is counted, images are taken for those of a CPU.
     """
     return x.device.type in ("cpu", "meta") and x.ndim == 4 and x.dtype in DTYPES
-
-
-_reason: str | None = None  # known from the first call on: torch.compile reads it then as a constant
-
-
-def reason_for_absence() -> str:
-    """Empty if the operators are there, after building them if need be; otherwise why not.
-
-    Call it once before a `torch.compile(fullgraph=True)`, which cannot look into the building.
-    """
-    global _reason
-    if _reason is None:
-        _reason = load_operators()
-        if not _reason:
-            _register_rules()
-    return _reason
 
 
 def filtered_lrelu_cpu(
@@ -157,3 +141,6 @@ def _adjoint(
     return torch.ops.stylesan_cpu.masked_resampling(
         grad, mask, fd, fu, down, up, reversed_up, reversed_down, size, gain, slope, not flip_filter
     )
+
+
+reason_for_absence = Operators(_register_rules).reason_for_absence

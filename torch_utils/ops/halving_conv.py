@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_utils.ops.choice import backend
-from torch_utils.ops.cpu_extension import NAME, load_operators
+from torch_utils.ops.cpu_extension import NAME, Operators
 
 KERNEL_SIZE, STRIDE = 4, 2
 CHANNEL_MULTIPLE = 16  # of what the operator serves; kColumns in C++
@@ -57,22 +57,6 @@ def _out_size(size: int, padding: int) -> int:
     return (size + 2 * padding - KERNEL_SIZE) // STRIDE + 1
 
 
-_reason: str | None = None  # known from the first call on: torch.compile reads it then as a constant
-
-
-def reason_for_absence() -> str:
-    """Empty if the operators are there, after building them if need be; otherwise why not.
-
-    Call it once before a `torch.compile(fullgraph=True)`, which cannot look into the building.
-    """
-    global _reason
-    if _reason is None:
-        _reason = load_operators()
-        if not _reason:
-            _register_rules()
-    return _reason
-
-
 def _register_rules() -> None:
     """Tell torch the operators' shapes and derivatives."""
     torch.library.register_fake(f"{NAME}::halving_conv", _fake_forward)
@@ -114,3 +98,6 @@ def _gradients(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = ops.halving_conv_input_gradient(gradient, w, x.shape[2:], padding) if wants_x else None
     grad_w = ops.halving_conv_kernel_gradient(x, gradient, w, padding) if wants_w else None
     return grad_x, grad_w, gradient.sum(dim=[0, 2, 3]) if wants_b else None, None
+
+
+reason_for_absence = Operators(_register_rules).reason_for_absence

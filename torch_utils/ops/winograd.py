@@ -12,23 +12,11 @@ import torch
 from torch import Tensor
 
 from torch_utils.ops.choice import backend
-from torch_utils.ops.cpu_extension import NAME, load_operators
+from torch_utils.ops.cpu_extension import NAME, Operators
 
 DTYPES = (torch.float32, torch.float64)
 FEWEST_CHANNELS = 64  # in and out: with fewer the transforms of images cost about what they save
 FEWEST_PIXELS = 1024  # of an output: with fewer the transforms of weights do
-
-_reason: str | None = None  # known from the first call on: torch.compile reads it then as a constant
-
-
-def reason_for_absence() -> str:
-    """Empty if the operators are there, after building them if need be; otherwise why not."""
-    global _reason
-    if _reason is None:
-        _reason = load_operators()
-        if not _reason:
-            _register_rules()
-    return _reason
 
 
 def pays(x: Tensor, w: Tensor, padding: int) -> bool:
@@ -119,3 +107,6 @@ def _weight_gradient_gradient(ctx, grad_w: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         grad_grad = ops.winograd_conv(x, grad_w, ctx.padding, False)
     return grad_x, grad_grad, None
+
+
+reason_for_absence = Operators(_register_rules).reason_for_absence
