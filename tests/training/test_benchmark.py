@@ -23,6 +23,7 @@ from training.benchmark.recipes import DEFAULT_RECIPES, benchmark_config
 from training.benchmark.subjects import OurTrainer, build_networks, draw_images
 from training.generator.generator import Generator
 from training.generator.reach import reached_paddings
+from training.generator.synthesis import SynthesisInput
 from training.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ def test_phases_and_trace(tmp_path):
         assert f"\n{name} " in table
 
 
-def test_flops_of_layers_follow_their_formula():
+def test_flops_of_layers_follow_their_formula(monkeypatch):
     """A convolution has 2 * I * O * k * k operations per output pixel; the backward pass twice as many."""
     config = benchmark_config("imagenet-16", 2, is_tiny=True)
     with torch.device("meta"):
@@ -112,7 +113,21 @@ def test_flops_of_layers_follow_their_formula():
     assert forward.half.flops == 0
     half, _ = floor.generator_work(G, 2, "cuda")
     assert half.half.flops > 0
-    assert half.half.flops + half.full.flops == pytest.approx(forward.full.flops)
+    monkeypatch.setattr(SynthesisInput, "is_determined_by_nodes", lambda self: False)  # as on a GPU
+    whole, _ = floor.generator_work(G, 2, "cpu")
+    assert half.half.flops + half.full.flops == pytest.approx(whole.full.flops)
+
+
+def test_flops_of_nodes(monkeypatch):
+    """Of 36x36 pixels the input and the first 1x1 convolution need 20x20; to make the others costs little."""
+    with torch.device("meta"):
+        G = Generator(PRESETS["cifar10-16"]().generator)
+    few, _ = floor.generator_work(G, 1, "cpu")
+    monkeypatch.setattr(SynthesisInput, "is_determined_by_nodes", lambda self: False)
+    whole, _ = floor.generator_work(G, 1, "cpu")
+    channels = G.synthesis.plan.input.channels
+    saved = 2 * 2 * (36**2 - 20**2) * channels**2
+    assert 0.9 * saved < whole.full.flops - few.full.flops < saved
 
 
 def test_filter_work_of_a_separable_filter():

@@ -24,7 +24,13 @@ from training.benchmark.measure import Comparison, Machine, compare, start_proce
 from training.benchmark.phases import measure_phases
 from training.benchmark.recipes import DEFAULT_RECIPES, HOST_WIDTHS, benchmark_config, default_batch
 from training.benchmark.subjects import Row
-from training.benchmark.tables import comparison_table, describe_machine, phase_table, to_json_value
+from training.benchmark.tables import (
+    comparison_table,
+    describe_machine,
+    describe_row,
+    phase_table,
+    to_json_value,
+)
 from training.config import TrainConfig
 from training.presets import PRESETS
 from training.sampling import pick_device
@@ -141,7 +147,7 @@ def run_table(
     machine: Machine,
     repeats: int,
 ) -> list[Comparison]:
-    """Measure and print the table."""
+    """Measure and print the table; each row also when it is there, as the next may take long."""
     cases = [(name, row) for name in configs for row in rows if row != "phases"]
     found = []
     for name, row in (progress := tqdm(cases, unit="row", disable=None if cases else True)):
@@ -149,6 +155,7 @@ def run_table(
         config = configs[name]
         num_samples = GPU_SAMPLES if machine.device == "cuda" else SAMPLES_PER_BATCH * config.batch_size
         found.append(compare(name, row, config, widths[name], machine, repeats, num_samples))
+        progress.write(describe_row(found[-1]))
     if found:
         click.echo("\n" + comparison_table(found))
     return found

@@ -8,6 +8,7 @@ of G are counted by their taps.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,17 +23,16 @@ from torch_utils.ops.modulated_conv import modulated_conv2d
 from training.benchmark.measure import Machine, set_up, synchronize
 from training.config import TrainConfig
 from training.discriminator.projected import ProjectedDiscriminator
+from training.generator.band_limit import interpolate
 from training.generator.generator import Generator
 from training.generator.reach import reached_paddings
-from training.generator.synthesis import SynthesisLayer
+from training.generator.synthesis import Interpolation, SynthesisLayer
 from training.loss import GuidanceClassifier
 from training.superres import freeze_stem_
 
 ITEM_BYTES = 4  # of a float32
-ADAM_PASSES, EMA_PASSES = (
-    7,
-    3,
-)  # over the weights: of four tensors that are read and three written; of two and one
+ADAM_PASSES = 7  # over the weights: four tensors are read and three written
+EMA_PASSES = 3  # two and one
 MATRIX_SIDE, COPY_BYTES, TRIALS = 2048, 2**28, 5  # for the ceilings
 NEGLIGIBLE = 1e-6  # singular values of a filter, relative to the largest
 _OPERATORS = (
@@ -131,22 +131,19 @@ def generator_work(G: Generator, num_images: int, device_type: str) -> tuple[Pha
     """Work of a forward and of a backward pass."""
     works = {(is_half, is_back): Work() for is_half in (False, True) for is_back in (False, True)}
     with torch.device("meta"):
-        w = torch.zeros(num_images, G.w_dim)
-        with counting() as work:
-            x = G.synthesis.input(w)
-        works[False, False] += work
+        w, source = torch.zeros(num_images, G.w_dim), G.synthesis.input
+        has_nodes = device_type == "cpu" and source.is_determined_by_nodes()
+        interpolation = source.interpolation if has_nodes else None
+        x, works[False, False], works[False, True] = count_both_ways(
+            lambda: source.at_nodes(w) if has_nodes else source(w)
+        )
         needs_grad, size = x.requires_grad, x.shape[2]
         paddings = reached_paddings(G.synthesis.plan.layers)
         for layer, padding in zip(G.synthesis.layers, paddings, strict=True):
             is_half = layer.plan.use_fp16 and device_type == "cuda"
             x = torch.zeros(num_images, layer.plan.source.channels, size, size).requires_grad_(needs_grad)
-            with counting() as forward:
-                y = modulated_conv2d(x, layer.weight, layer.affine(w), padding=layer.plan.conv_kernel - 1)
-            backward = Work()
-            if y.requires_grad:
-                with counting() as backward:
-                    y.sum().backward()
-            needs_grad = y.requires_grad
+            y, forward, backward = count_both_ways(functools.partial(convolve, layer, x, w, interpolation))
+            interpolation, needs_grad = None, y.requires_grad
             size, filters = filter_work(layer, y, padding[0] + padding[1])
             item = 0.5 if is_half else 1.0
             for is_back, found in (
@@ -156,6 +153,26 @@ def generator_work(G: Generator, num_images: int, device_type: str) -> tuple[Pha
                 works[is_half, is_back] += Work(found.flops, found.bytes * item)
     forward, backward = (PhaseWork(works[False, b], works[True, b]) for b in (False, True))
     return forward, backward
+
+
+def count_both_ways(run: Callable[[], Tensor]) -> tuple[Tensor, Work, Work]:
+    """What something gives, its work, and that of the gradient of all that has one."""
+    with counting() as forward:
+        y = run()
+    backward = Work()
+    if y.requires_grad:
+        with counting() as backward:
+            y.sum().backward()
+    return y, forward, backward
+
+
+def convolve(layer: SynthesisLayer, x: Tensor, w: Tensor, interpolation: Interpolation | None) -> Tensor:
+    """A layer's convolution of whole maps, or as in the layer of nodes."""
+    is_pointwise = layer.plan.conv_kernel == 1
+    if interpolation is not None and not is_pointwise:
+        x = interpolate(x, *interpolation)
+    y = modulated_conv2d(x, layer.weight, layer.affine(w), padding=layer.plan.conv_kernel - 1)
+    return interpolate(y, *interpolation) if interpolation is not None and is_pointwise else y
 
 
 def filter_work(layer: SynthesisLayer, x: Tensor, padding: int) -> tuple[int, Work]:

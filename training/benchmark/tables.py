@@ -80,6 +80,15 @@ def comparison_table(rows: Sequence[Comparison]) -> str:
     return "\n".join([align_columns(lines, num_left=2), *notes])
 
 
+def describe_row(row: Comparison) -> str:
+    """One line: what ran, the median of each side in seconds per image, and all repetitions behind it."""
+    sides = [
+        f"{side} {timing.median:.4g} s/image ({', '.join(f'{s:.4g}' for s in timing.seconds)})"
+        for side, timing in row.timings.items()
+    ]
+    return f"{row.recipe}, {TITLES[row.row]}: {', '.join(sides) or 'out of memory'}"
+
+
 def describe_differences(row: Comparison) -> str:
     """Each kind of result, how far it is off, and how far it may be."""
     if not row.differences:

@@ -19,10 +19,12 @@ from torch_utils.ops.filters import design_lowpass_filter
 from torch_utils.ops.modulated_conv import modulated_conv2d
 from torch_utils.recompute import recompute
 from training.config import Precision
+from training.generator.band_limit import interpolate, interpolation_nodes
 from training.generator.layer_plan import LayerPlan
 from training.generator.network_plan import NetworkPlan
 from training.generator.reach import Padding, reached_paddings
 
+Interpolation = tuple[Tensor, Tensor]
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of a run that asks for half precision
 
 
@@ -50,9 +52,39 @@ class SynthesisInput(nn.Module):
         self.register_buffer("transform", torch.eye(3))
         self.register_buffer("freqs", freqs)
         self.register_buffer("phases", torch.rand(channels) - 0.5)
+        # No buffers, which the official network does not have.
+        self.row_nodes, self._row_interpolation = interpolation_nodes(height, sampling_rate, bandwidth)
+        self.column_nodes, self._column_interpolation = interpolation_nodes(width, sampling_rate, bandwidth)
 
     def forward(self, w: Tensor) -> Tensor:
         """w: (N, w_dim), the first style vector of each image."""
+        return self._at(w, self._centres(self.height), self._centres(self.width))
+
+    def at_nodes(self, w: Tensor) -> Tensor:
+        """The same, (N, channels, r, s), at those pixels alone from which `interpolation` gives the others."""
+        rows, columns = self._centres(self.height), self._centres(self.width)
+        return self._at(w, rows[self.row_nodes], columns[self.column_nodes])
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """Of rows and of columns, for `band_limit.interpolate`."""
+        device = self.freqs.device
+        return self._row_interpolation.to(device), self._column_interpolation.to(device)
+
+    def is_determined_by_nodes(self) -> bool:
+        """Whether `at_nodes` is enough: not if the user's matrix zooms out, which raises frequencies.
+
+        False on a GPU as well. The answer would have to be waited for, and what it saves is not worth that there.
+        """
+        if self.freqs.device.type not in ("cpu", "meta") or len(self.row_nodes) == self.height:
+            return False
+        if self.freqs.is_meta:  # where work is counted
+            return True
+        freqs = self.freqs @ self.transform[:2, :2]
+        return bool(freqs.norm(dim=1).max() <= self.bandwidth * (1 + 1e-6))
+
+    def _at(self, w: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """At all pairs of coordinates y (H,) and x (W,), in image widths from the middle."""
         motion = self._motion(w) @ self.transform  # (N, 2, 3)
         moved = self.freqs @ motion  # (N, C, 3): frequency in x, in y, phase
         freqs, phases = moved[:, :, :2], self.phases + moved[:, :, 2]
@@ -60,14 +92,14 @@ class SynthesisInput(nn.Module):
         nyquist = self.sampling_rate / 2
         amplitudes = (1 - (freqs.norm(dim=2) - self.bandwidth) / (nyquist - self.bandwidth)).clamp(0, 1)
         # sin(a + b) with a per row and b per column: the sine of every pixel costs two products, not a sine.
-        rows = self._centres(self.height) * freqs[:, :, 1:] + phases.unsqueeze(2)  # (N, C, H)
-        columns = self._centres(self.width) * freqs[:, :, :1]  # (N, C, W)
+        rows = y * freqs[:, :, 1:] + phases.unsqueeze(2)  # (N, C, H)
+        columns = x * freqs[:, :, :1]  # (N, C, W)
         rows, columns = rows * (2 * math.pi), columns * (2 * math.pi)
         by_row = torch.stack([rows.sin(), rows.cos()], dim=3) * amplitudes[:, :, None, None]  # (N, C, H, 2)
         by_column = torch.stack([columns.cos(), columns.sin()], dim=2)  # (N, C, 2, W)
         features = by_row @ by_column  # (N, C, H, W)
         weight = self.weight * (1 / math.sqrt(self.weight.shape[1]))
-        return (weight @ features.flatten(2)).unflatten(2, (self.height, self.width))
+        return (weight @ features.flatten(2)).unflatten(2, features.shape[2:])
 
     def _motion(self, w: Tensor) -> Tensor:
         """Rotation after translation, (N, 2, 3), the upper rows of the 3x3 matrix."""
@@ -110,10 +142,11 @@ class SynthesisLayer(nn.Module):
         force_fp32: bool = False,
         update_emas: bool = False,
         padding: Padding | None = None,
+        interpolation: Interpolation | None = None,
     ) -> Tensor:
         """x: (N, C, H, W); w: (N, w_dim). The result is of the type that `dtype_on` names.
 
-        padding: in place of the plan's, see `reach`.
+        padding: in place of the plan's, see `reach`. interpolation: x has values at nodes only, see `band_limit`.
         """
         plan = self.plan
         if update_emas:
@@ -124,6 +157,9 @@ class SynthesisLayer(nn.Module):
         styles = self.affine(w)
         if plan.is_torgb:
             styles = styles * (1 / math.sqrt(self.weight[0].numel()))
+        is_pointwise = plan.conv_kernel == 1 and dtype == torch.float32
+        if interpolation is not None and not is_pointwise:
+            x, interpolation = interpolate(x, *interpolation), None
         x = modulated_conv2d(
             x.to(dtype),
             self.weight,
@@ -132,6 +168,8 @@ class SynthesisLayer(nn.Module):
             padding=plan.conv_kernel - 1,
             input_gain=self.magnitude_ema.rsqrt(),
         )
+        if interpolation is not None:  # a 1x1 convolution treats all pixels alike: the nodes were enough
+            x = interpolate(x, *interpolation)
         return filtered_lrelu(
             x,
             fu=self.up_filter,
@@ -204,10 +242,19 @@ class SynthesisNetwork(nn.Module):
         if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(f"ws of shape {tuple(ws.shape)} is not (N, {self.num_ws}, {self.w_dim})")
         first, *rest = ws.float().unbind(dim=1)
-        x = self.input(first)
         # Running magnitudes are those of whole feature maps.
         paddings = [None] * len(rest) if update_emas else self._reached_paddings
+        has_nodes = not update_emas and self.input.is_determined_by_nodes()
+        x = self.input.at_nodes(first) if has_nodes else self.input(first)
+        interpolation = self.input.interpolation if has_nodes else None
         for layer, w, padding in zip(self.layers, rest, paddings, strict=True):
-            run = functools.partial(layer, force_fp32=force_fp32, update_emas=update_emas, padding=padding)
+            run = functools.partial(
+                layer,
+                force_fp32=force_fp32,
+                update_emas=update_emas,
+                padding=padding,
+                interpolation=interpolation,
+            )
             x = recompute(run, x, w) if self.recomputes and not update_emas else run(x, w)
+            interpolation = None  # the first layer gives all pixels
         return (x * self.plan.output_scale).float()
