@@ -15,7 +15,9 @@ from pathlib import Path
 
 # Before torch is imported: also for the processes that tests start.
 # With pytest-xdist, each worker has a core.
-os.environ.setdefault("OMP_NUM_THREADS", "2" if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1" else "1")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "2" if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1" else "1"
+)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 # Compiled once for all tests, which have cache folders of their own.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "stylesan" / "extensions"))
