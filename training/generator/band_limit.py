@@ -9,7 +9,6 @@ linear function of some of them, the nodes: of 20 of 36 for all official stems, 
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -20,20 +19,32 @@ NUM_FREQUENCIES = 257  # at which it is looked at
 def interpolation_nodes(size: int, sampling_rate: float, bandwidth: float) -> tuple[Tensor, Tensor]:
     """Nodes, int64 (r,), and the matrix, float32 (size, r), that makes `size` pixels of the values there.
 
-    For waves of up to `bandwidth` cycles per unit length, of which the pixels are `sampling_rate`. Few nodes: those
-    that pivoted orthogonalisation of all waves takes first. With no fewer than `size` all are nodes.
+    For waves of up to `bandwidth` cycles per unit length, of which the pixels are `sampling_rate`. The fewest of
+    `independent_pixels` that are enough; all, where none can be left out.
     """
     positions = (np.arange(size) - (size - 1) / 2) / sampling_rate
     frequencies = bandwidth * np.cos(np.linspace(0, np.pi / 2, NUM_FREQUENCIES))
     angles = 2 * np.pi * np.outer(positions, frequencies)
     waves = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)  # (size, any frequency and phase)
-    _, order = scipy.linalg.qr(waves.T, mode="r", pivoting=True)
+    order = independent_pixels(waves)
     for count in range(1, size):
         nodes = np.sort(order[:count])
         matrix = np.linalg.lstsq(waves[nodes].T, waves.T, rcond=None)[0].T
         if np.abs(matrix @ waves[nodes] - waves).max() < TOLERANCE:
             return torch.from_numpy(nodes).long(), torch.from_numpy(matrix).float()
     return torch.arange(size), torch.eye(size)
+
+
+def independent_pixels(waves: np.ndarray) -> list[int]:
+    """Rows of (size, W), each time the one furthest from what those before it span: QR with pivoting."""
+    rest, order = waves.copy(), []
+    for _ in range(len(waves)):
+        lengths = np.linalg.norm(rest, axis=1)
+        lengths[order] = -1  # of which rounding may have left something
+        order.append(int(lengths.argmax()))
+        direction = rest[order[-1]] / max(lengths[order[-1]], 1e-300)
+        rest -= np.outer(rest @ direction, direction)
+    return order
 
 
 def interpolate(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -80,8 +81,8 @@ class SynthesisInput(nn.Module):
             return False
         if self.freqs.is_meta:  # where work is counted
             return True
-        freqs = self.freqs @ self.transform[:2, :2]
-        return bool(freqs.norm(dim=1).max() <= self.bandwidth * (1 + 1e-6))
+        freqs = self.freqs.numpy() @ self.transform[:2, :2].numpy()
+        return bool(np.linalg.norm(freqs, axis=1).max() <= self.bandwidth * (1 + 1e-6))
 
     def _at(self, w: Tensor, y: Tensor, x: Tensor) -> Tensor:
         """At all pairs of coordinates y (H,) and x (W,), in image widths from the middle."""

@@ -2,7 +2,6 @@
 // Products of matrices: small constant ones with pixels of eight feature maps, and medium-sized ones.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -11,7 +10,6 @@
 
 constexpr int64_t kBlockColumns = 2 * kLanes;  // of a block of c; columns come in multiples of it
 constexpr int64_t kBlockRows = 6;              // with the columns, as many sums as there are registers
-constexpr int64_t kBlockInner = 128;           // products in a sum
 
 // Constants, known to the compiler.
 template <int R, int C> struct Matrix {
@@ -56,29 +54,24 @@ inline void sandwich(V (&to)[R * R], const V (&x)[C * C]) {
     for (int i = 0; i < R; ++i) multiply<kMatrix, C>(to + i * R, 1, half + i * C, 1, all_rows);
 }
 
-// c (rows, 16) += a b: a has elements row_step and inner_step apart, b and c rows of b_step and c_step. Sums of
-// kBlockInner products are added up, which rounds less than a sum of all.
+// c (rows, 16) += a b: a has elements row_step and inner_step apart, b and c rows of b_step and c_step.
 template <int kCount>
 inline void multiply_block(const float* a, int64_t row_step, int64_t inner_step, const float* b,
                            int64_t b_step, float* c, int64_t c_step, int64_t inner, bool adds) {
     using V = Lanes<float>;
-    for (int64_t begin = 0; begin < inner || begin == 0; begin += kBlockInner) {
-        V sums[kCount][2] = {};
-        const int64_t end = std::min(begin + kBlockInner, inner);
-        for (int64_t k = begin; k < end; ++k, a += inner_step, b += b_step) {
-            const V left = read<V>(b), right = read<V>(b + kLanes);
-            for (int i = 0; i < kCount; ++i) {
-                const float factor = a[i * row_step];
-                sums[i][0] += left * factor;
-                sums[i][1] += right * factor;
-            }
+    V sums[kCount][2];
+    for (int i = 0; i < kCount; ++i)
+        for (int j = 0; j < 2; ++j) sums[i][j] = adds ? read<V>(c + i * c_step + j * kLanes) : V{};
+    for (int64_t k = 0; k < inner; ++k, a += inner_step, b += b_step) {
+        const V left = read<V>(b), right = read<V>(b + kLanes);
+        for (int i = 0; i < kCount; ++i) {
+            const float factor = a[i * row_step];
+            sums[i][0] += left * factor;
+            sums[i][1] += right * factor;
         }
-        for (int i = 0; i < kCount; ++i)
-            for (int j = 0; j < 2; ++j) {
-                float* to = c + i * c_step + j * kLanes;
-                write(to, adds || begin > 0 ? read<V>(to) + sums[i][j] : sums[i][j]);
-            }
     }
+    for (int i = 0; i < kCount; ++i)
+        for (int j = 0; j < 2; ++j) write(c + i * c_step + j * kLanes, sums[i][j]);
 }
 
 // Sizes of the matrices of a product c = a b.
