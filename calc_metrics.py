@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads its OpenMP library, see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 import click
 

@@ -13,8 +13,10 @@ import sys
 from typing import Any
 
 # Read once, when torch loads its OpenMP library. By default idle threads spin, and a process that shares a core with
-# another then takes several times as long per step; sleeping ones cost that core's share only.
+# another then takes several times as long per step; sleeping ones cost that core's share only. Some microseconds of
+# spinning before they sleep (GNU's library) are worth a tenth of a step of small networks: docs/performance.md.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 import click
 

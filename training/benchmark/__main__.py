@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 # Read once, when torch loads its OpenMP library; see train.py. The processes that are measured inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 import click
 from tqdm import tqdm
