@@ -34,6 +34,7 @@ from training.generator.generator import Generator
 from training.generator.synthesis import SynthesisInput
 
 DATA = Path(__file__).parents[1] / "data"
+GRADIENTS_AT_TINY_SIZES = 3e-3  # few corners, so that the steps' gradients agree better than at full size
 OPS, OPS_INPUT, IMAGES, GRADIENTS = 1e-5, 5e-5, 1e-4, 3e-4  # tolerances of the golden files
 CPU = torch.device("cpu")
 
@@ -225,12 +226,13 @@ def test_both_sides_of_the_table_have_the_same_results(recipe, row):
         for _, run in subject.parts:
             run()
         results[side] = {name: value.numpy() for name, value in subject.results.items()}
-    kinds = {"backward": {"images", "G"}, "sampling": {"pixels"}, "step": {"G", "D"}}[row]
+    kinds = {"backward": {"images", "G"}, "sampling": {"pixels"}, "step": {"G through D", "D"}}[row]
     kinds |= {"path length"} if row == "step" and recipe == "cifar10-16" else set()
     differences = find_differences(results["ours"], results["naive"])
     assert differences.keys() == kinds
     for kind, difference in differences.items():
-        assert difference <= find_tolerance(kind, has_half_precision=False), kind
+        tolerance = find_tolerance(kind, has_half_precision=False)
+        assert difference <= min(tolerance, GRADIENTS_AT_TINY_SIZES), kind
     assert all(np.abs(values).max() > 0 for values in results["naive"].values() if values.size > 1000)
 
 
@@ -261,6 +263,8 @@ def test_a_step_trains_on_both_sides():
         for _ in range(2):
             for _, run in subject.parts:
                 run()
-        losses[side] = np.concatenate([v.numpy() for k, v in subject.results.items() if k.startswith("G: ")])
+        losses[side] = np.concatenate(
+            [v.numpy() for k, v in subject.results.items() if k.startswith("G through D: ")]
+        )
     cosine = (losses["ours"] @ losses["naive"]) / np.prod([np.linalg.norm(v) for v in losses.values()])
     assert cosine > 0.99  # Adam turns rounding of tiny gradients into steps

@@ -114,7 +114,7 @@ def make_step(config: TrainConfig, side: Side, device: torch.device) -> Subject:
 
     def iterate() -> None:
         trainer.generator_phase(batches["G"])
-        subject.results |= sample_gradients("G", G)
+        subject.results |= sample_gradients("G through D", G)
         trainer.discriminator_phase(batches["D"])
         subject.results |= sample_gradients("D", D.heads)
         trainer.update_average(beta)
@@ -151,7 +151,7 @@ class OurTrainer:
         config = self.config
         batch = draw_batch(config, images, self.device, "G")
         generator_step(self.G, self.D, self.G_optimizer, batch, self.context)
-        self.results |= sample_gradients("G", self.G)
+        self.results |= sample_gradients("G through D", self.G)
         batch = draw_batch(config, images, self.device, "D")
         discriminator_step(self.G, self.D, self.D_optimizer, batch, self.context)
         self.results |= sample_gradients("D", self.D.heads)
