@@ -27,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLE] = {}
+    if config.getoption("--fault-report") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--fault-report counts faults in one process; leave out -n")
 
 
 @pytest.fixture(scope="session")
