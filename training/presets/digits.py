@@ -23,7 +23,7 @@ def quickstart() -> TrainConfig:
     """Class-conditional SAN on scikit-learn's digits, sized for two CPU cores and ten minutes.
 
     python train.py --loss san --preset quickstart
-    Two CPU cores, some six minutes; one core, eight. What it reaches, and how that was measured: README.md.
+    Two CPU cores, three to four minutes. What it reaches, and how that was measured: README.md.
 
     What makes it learn so fast, and varied images. Every network works at a small size: features of 32x32 images,
     layers that start at one cycle per image. Heads sit on the two finest feature levels only, but are nonlinear: linear
