@@ -85,7 +85,7 @@ def test_images_and_gradients_are_those_of_whole_feature_maps(case, is_moved, mo
         assert (ours - other).abs().max() <= 1e-4 * other.abs().max() + 1e-8
 
 
-def test_running_magnitudes_are_of_whole_maps(monkeypatch):
+def test_running_magnitudes_are_of_whole_maps():
     G = make_generator("cifar10-16")
     layer = G.synthesis.layers[0]
     ws = torch.randn(2, G.num_ws, G.w_dim)
