@@ -8,7 +8,6 @@ of G are counted by their taps.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,14 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from torch_utils.ops.modulated_conv import modulated_conv2d
 from training.benchmark.measure import Machine, set_up, synchronize
 from training.config import TrainConfig
 from training.discriminator.projected import ProjectedDiscriminator
-from training.generator.band_limit import interpolate
 from training.generator.generator import Generator
 from training.generator.reach import reached_paddings
-from training.generator.synthesis import Interpolation, SynthesisLayer
+from training.generator.synthesis import SynthesisLayer
 from training.loss import GuidanceClassifier
 from training.superres import freeze_stem_
 
@@ -142,7 +139,11 @@ def generator_work(G: Generator, num_images: int, device_type: str) -> tuple[Pha
         for layer, padding in zip(G.synthesis.layers, paddings, strict=True):
             is_half = layer.plan.use_fp16 and device_type == "cuda"
             x = torch.zeros(num_images, layer.plan.source.channels, size, size).requires_grad_(needs_grad)
-            y, forward, backward = count_both_ways(functools.partial(convolve, layer, x, w, interpolation))
+            y, forward, backward = count_both_ways(
+                lambda layer=layer, x=x, nodes=interpolation: layer.convolve(
+                    x, layer.affine(w), torch.float32, nodes
+                )
+            )
             interpolation, needs_grad = None, y.requires_grad
             size, filters = filter_work(layer, y, padding[0] + padding[1])
             item = 0.5 if is_half else 1.0
@@ -164,15 +165,6 @@ def count_both_ways(run: Callable[[], Tensor]) -> tuple[Tensor, Work, Work]:
         with counting() as backward:
             y.sum().backward()
     return y, forward, backward
-
-
-def convolve(layer: SynthesisLayer, x: Tensor, w: Tensor, interpolation: Interpolation | None) -> Tensor:
-    """A layer's convolution of whole maps, or as in the layer of nodes."""
-    is_pointwise = layer.plan.conv_kernel == 1
-    if interpolation is not None and not is_pointwise:
-        x = interpolate(x, *interpolation)
-    y = modulated_conv2d(x, layer.weight, layer.affine(w), padding=layer.plan.conv_kernel - 1)
-    return interpolate(y, *interpolation) if interpolation is not None and is_pointwise else y
 
 
 def filter_work(layer: SynthesisLayer, x: Tensor, padding: int) -> tuple[int, Work]:

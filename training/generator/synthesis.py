@@ -158,19 +158,7 @@ class SynthesisLayer(nn.Module):
         styles = self.affine(w)
         if plan.is_torgb:
             styles = styles * (1 / math.sqrt(self.weight[0].numel()))
-        is_pointwise = plan.conv_kernel == 1 and dtype == torch.float32
-        if interpolation is not None and not is_pointwise:
-            x, interpolation = interpolate(x, *interpolation), None
-        x = modulated_conv2d(
-            x.to(dtype),
-            self.weight,
-            styles,
-            demodulate=not plan.is_torgb,
-            padding=plan.conv_kernel - 1,
-            input_gain=self.magnitude_ema.rsqrt(),
-        )
-        if interpolation is not None:  # a 1x1 convolution treats all pixels alike: the nodes were enough
-            x = interpolate(x, *interpolation)
+        x = self.convolve(x, styles, dtype, interpolation)
         return filtered_lrelu(
             x,
             fu=self.up_filter,
@@ -183,6 +171,25 @@ class SynthesisLayer(nn.Module):
             slope=1.0 if plan.is_torgb else 0.2,
             clamp=plan.conv_clamp,
         )
+
+    def convolve(
+        self, x: Tensor, styles: Tensor, dtype: torch.dtype, interpolation: Interpolation | None
+    ) -> Tensor:
+        """The modulated convolution alone, of all pixels: x and interpolation as in `forward`, styles (N, C)."""
+        plan = self.plan
+        is_pointwise = plan.conv_kernel == 1 and dtype == torch.float32
+        if interpolation is not None and not is_pointwise:
+            x, interpolation = interpolate(x, *interpolation), None
+        x = modulated_conv2d(
+            x.to(dtype),
+            self.weight,
+            styles,
+            demodulate=not plan.is_torgb,
+            padding=plan.conv_kernel - 1,
+            input_gain=self.magnitude_ema.rsqrt(),
+        )
+        # A 1x1 convolution treats all pixels alike: the nodes were enough.
+        return x if interpolation is None else interpolate(x, *interpolation)
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """In what the layer computes. "paper": float16 on CUDA if the plan says so, else float32.
