@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 
 from torch_utils.ops import choice
-from training.benchmark import floor, growth, measure, phases, tables
+from training.benchmark import floor, growth, growth_figure, measure, phases, tables
 from training.benchmark.__main__ import main
 from training.benchmark.measure import Comparison, Machine, Timing
 from training.benchmark.recipes import DEFAULT_RECIPES, benchmark_config
@@ -209,6 +209,13 @@ def test_plots_of_growth(tmp_path, monkeypatch):
     assert "out of memory" in growth.format_points(points)
 
 
+def test_what_does_not_grow_looks_level():
+    points = [growth.Point("processes", n, n, 0.1 * n * n**0.01, 2**30) for n in (1, 2)]
+    time, memory = (panel.get_ylim() for panel in growth_figure.draw_growth(points).axes)
+    assert time[1] / time[0] == pytest.approx(growth_figure.MIN_RATIO)
+    assert memory[1] / memory[0] >= growth_figure.MIN_RATIO
+
+
 @pytest.mark.slow
 def test_a_point_of_two_processes():
     point = growth.measure_point("processes", 2, MACHINE, is_tiny=True)
@@ -235,6 +242,18 @@ def test_the_command(tmp_path):
     (row,) = json.loads((tmp_path / "out.json").read_text())["table"]
     assert row["agrees"] and len(row["timings"]["naive"]["seconds"]) == 2
     assert "G forward" in result.stdout and "same" in result.stdout
+
+
+def test_processes_end_with_a_killed_parent():
+    """In the middle of their work. Their standard output, which they share with it, is open as long as they live."""
+    code = (
+        "import time; from training.benchmark.measure import start_process; process = start_process();"
+        "process.submit(print, 'started', flush=True).result(); process.submit(time.sleep, 600); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "started\n"
+        parent.kill()
+        assert parent.communicate(timeout=60)[0] == ""
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from training.benchmark.growth import Point
 from training.run_figure import DPI, PANEL_SIZE, STYLE
@@ -22,6 +23,7 @@ MEASURES: dict[str, Callable[[Point], float]] = {
     "ms per image": lambda point: 1000 * (point.seconds or 0) / point.images,
     "peak memory of a process, GiB": lambda point: (point.peak_bytes or 0) / 2**30,
 }
+MIN_RATIO = 4  # of the ends of a vertical axis: what hardly grows should look so
 
 
 def draw_growth(points: Sequence[Point]) -> Figure:
@@ -38,10 +40,21 @@ def draw_growth(points: Sequence[Point]) -> Figure:
                 panel = panels[row, column]
                 panel.plot(values, [measure(p) for p in shown], marker="o", markersize=3)
                 panel.set_xscale("log", base=10 if axis == "classes" else 2)
-                panel.set_yscale("log")
+                show_logarithmic_y(panel)
                 panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
                 panel.xaxis.set_minor_formatter(NullFormatter())
                 panel.set_title(title if column == 0 else "")
                 if row == len(MEASURES) - 1:
                     panel.set_xlabel(TITLES[axis])
     return figure
+
+
+def show_logarithmic_y(panel: Axes) -> None:
+    """Numbers as they are read, at 1, 2 and 5 times powers of ten, and at least `MIN_RATIO` in view."""
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    missing = max(MIN_RATIO * low / high, 1.0) ** 0.5
+    panel.set_ylim(low / missing, high * missing)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
+import os
 import statistics
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -106,11 +108,24 @@ def has_half_precision(config: TrainConfig) -> bool:
 
 
 def start_process() -> ProcessPoolExecutor:
-    """A fresh process that does one thing after the other."""
-    return ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+    """A fresh process that does one thing after the other, and ends with this one."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=end_with_parent)
 
 
 # In the process.
+
+
+def end_with_parent() -> None:
+    """Watch the parent. Without it, a process of a pool waits forever, and keeps its gigabytes, if that is killed."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # in the middle of whatever is measured
+
+    threading.Thread(target=watch, daemon=True).start()
+
 
 _subject: Subject | None = None  # what `run_once` runs
 
