@@ -8,6 +8,8 @@ linear function of some of them, the nodes: of 20 of 36 for all official stems, 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,11 +18,12 @@ TOLERANCE = 3e-7  # largest error of a wave of amplitude 1 in float64: a little 
 NUM_FREQUENCIES = 257  # at which it is looked at
 
 
+@lru_cache(maxsize=64)  # 30 ms a call, and a square map asks twice, G_ema again
 def interpolation_nodes(size: int, sampling_rate: float, bandwidth: float) -> tuple[Tensor, Tensor]:
     """Nodes, int64 (r,), and the matrix, float32 (size, r), that makes `size` pixels of the values there.
 
     For waves of up to `bandwidth` cycles per unit length, of which the pixels are `sampling_rate`. The fewest of
-    `independent_pixels` that are enough; all, where none can be left out.
+    `independent_pixels` that are enough; all, where none can be left out. Both are shared: not to be written to.
     """
     positions = (np.arange(size) - (size - 1) / 2) / sampling_rate
     frequencies = bandwidth * np.cos(np.linspace(0, np.pi / 2, NUM_FREQUENCIES))
@@ -32,7 +35,7 @@ def interpolation_nodes(size: int, sampling_rate: float, bandwidth: float) -> tu
         matrix = np.linalg.lstsq(waves[nodes].T, waves.T, rcond=None)[0].T
         if np.abs(matrix @ waves[nodes] - waves).max() < TOLERANCE:
             return torch.from_numpy(nodes).long(), torch.from_numpy(matrix).float()
-    return torch.arange(size), torch.eye(size)
+    return torch.from_numpy(np.arange(size)), torch.from_numpy(np.eye(size, dtype=np.float32))
 
 
 def independent_pixels(waves: np.ndarray) -> list[int]:
