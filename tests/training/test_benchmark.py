@@ -250,7 +250,9 @@ def test_processes_end_with_a_killed_parent():
         "import time; from training.benchmark.measure import start_process; process = start_process();"
         "process.submit(print, 'started', flush=True).result(); process.submit(time.sleep, 600); time.sleep(600)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout.readline() == "started\n"
         parent.kill()
         assert parent.communicate(timeout=60)[0] == ""
