@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Time the ops against the textbook way: zero insertion and depthwise convolution, one weight per sample.
 
+The heads' 4x4 convolutions of stride 2 are compared with torch's.
+
     python tests/benchmarks/ops.py --threads 1
 
 Both are timed alternately in the same run; the table shows medians and their ratio (above 1: ours is faster).
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch_utils.ops.choice import BACKENDS, set_backend
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.filters import design_lowpass_filter
+from torch_utils.ops.halving_conv import halving_conv2d
 from torch_utils.ops.modulated_conv import modulated_conv2d
 from torch_utils.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upsample2d
 
@@ -83,6 +86,13 @@ def conv_case(batch: int, channels: int, size: int):
     return x, lambda x: modulated_conv2d(x, w, s, padding=2), lambda x: naive_modulated_conv2d(x, w, s, 2)
 
 
+def halving_case(batch: int, channels_in: int, channels_out: int, size: int):
+    """A 4x4 convolution of stride 2, as in D's heads."""
+    x = torch.randn(batch, channels_in, size, size).contiguous(memory_format=torch.channels_last)
+    w = (torch.randn(channels_out, channels_in, 4, 4) / channels_in**0.5).requires_grad_()
+    return x, lambda x: halving_conv2d(x, w), lambda x: F.conv2d(x, w, stride=2, padding=1)
+
+
 def resample_case(name: str, batch: int, channels: int, size: int):
     """A 12-tap resampling of images, or the 25-tap blur of the discriminator's input."""
     x, f = torch.randn(batch, channels, size, size), setup_filter(torch.rand(25 if name == "blur" else 12))
@@ -104,6 +114,13 @@ CASES = {
     "filtered_lrelu radial 1x1024x36": lambda: lrelu_case(1, 1024, 36, radial=True),
     "modulated_conv2d 32x32x22": lambda: conv_case(32, 32, 22),
     "modulated_conv2d 32x64x22": lambda: conv_case(32, 64, 22),
+    "halving_conv2d 4x64x112 to 64": lambda: halving_case(4, 64, 64, 112),
+    "halving_conv2d 4x64x56 to 128": lambda: halving_case(4, 64, 128, 56),
+    "halving_conv2d 4x128x28 to 256": lambda: halving_case(4, 128, 256, 28),
+    "halving_conv2d 4x256x14 to 512": lambda: halving_case(4, 256, 512, 14),
+    "halving_conv2d 16x512x14 to 512": lambda: halving_case(16, 512, 512, 14),
+    "halving_conv2d 32x64x8 to 128": lambda: halving_case(32, 64, 128, 8),
+    "halving_conv2d 32x128x4 to 128": lambda: halving_case(32, 128, 128, 4),
     "upsample2d 32x32x22": lambda: resample_case("upsample2d", 32, 32, 22),
     "downsample2d 32x32x44": lambda: resample_case("downsample2d", 32, 32, 44),
     "filter2d (blur) 32x3x64": lambda: resample_case("blur", 32, 3, 64),

@@ -50,19 +50,23 @@ template <typename T> struct View {
     }
 };
 
+enum class Layout { kRows, kPanels };  // whole rows one after the other, or those of kBlockColumns columns
+
 // kPoints matrices of the same size, one after the other.
 struct Planes {
-    int64_t row, plane;  // elements between rows and between matrices
+    int64_t row, panel, plane;  // elements between rows, between panels of columns and between matrices
     Tensor memory;
     float* data;
-    Planes(int64_t rows, int64_t columns)
-        : row(columns + kRowPadding),
-          plane(rows * row),
+    Planes(int64_t rows, int64_t columns, Layout layout)
+        : row(layout == Layout::kRows ? columns + kRowPadding : kBlockColumns),
+          panel(layout == Layout::kRows ? kBlockColumns : rows * kBlockColumns + kRowPadding),
+          plane(layout == Layout::kRows ? rows * row : columns / kBlockColumns * panel),
           memory(at::empty({kPoints * plane}, at::kFloat)),
           data(memory.data_ptr<float>()) {}
     float* at(int64_t point, int64_t r = 0, int64_t column = 0) const {
-        return data + point * plane + r * row + column;
+        return data + point * plane + r * row + column / kBlockColumns * panel + column % kBlockColumns;
     }
+    Panels panels(int64_t point) const { return {at(point), row, panel}; }
 };
 
 // Everything about one call: x (N, C, H, W), kernel (O, C, 4, 4), y (N, O, H', W').
@@ -75,12 +79,17 @@ struct Geometry {
         : padding(padding), channels(x[1]), out_channels(w[0]), inner(x[1] * kPhases),
           num_images(x[0]), height(x[2]), width(x[3]), out_height(y[2]), out_width(y[3]),
           tiles_y((y[2] + kOut - 1) / kOut), tiles_x((y[3] + kOut - 1) / kOut),
-          images_per_group(std::max<int64_t>(kTilesPerGroup / (tiles_y * tiles_x), 1)) {}
+          images_per_group(count_images_per_group()) {}
+    // As many as fill a group, unless a thread would have none.
+    int64_t count_images_per_group() const {
+        const int64_t share = (num_images + at::get_num_threads() - 1) / at::get_num_threads();
+        return std::max<int64_t>(std::min(kTilesPerGroup / tiles(), share), 1);
+    }
     int64_t tiles() const { return tiles_y * tiles_x; }
     int64_t num_groups() const { return (num_images + images_per_group - 1) / images_per_group; }
     int64_t group_size() const { return images_per_group * tiles(); }
-    Planes input_planes() const { return {group_size(), inner}; }
-    Planes output_planes() const { return {group_size(), out_channels}; }
+    Planes input_planes() const { return {group_size(), inner, Layout::kRows}; }
+    Planes output_planes(Layout layout) const { return {group_size(), out_channels, layout}; }
 
     // f(tile of the group, image, tile row, tile column)
     template <typename F> void for_tiles(int64_t group, const F& f) const {
@@ -124,7 +133,7 @@ class Convolution {
 
     // Kernels to planes (out_channels, inner).
     Planes transform_kernel(const View<const float>& w) const {
-        const Planes planes(g_.out_channels, g_.inner);
+        const Planes planes(g_.out_channels, g_.inner, Layout::kPanels);
         for_kernels(1, [&](int64_t o, int64_t phase, int64_t channel) {
             V transformed[kPoints];
             transform_taps(transformed, w, o, phase, channel);
@@ -136,7 +145,7 @@ class Convolution {
 
     // Kernels to planes (inner, out_channels).
     Planes transform_kernel_transposed(const View<const float>& w) const {
-        const Planes planes(g_.inner, g_.out_channels);
+        const Planes planes(g_.inner, g_.out_channels, Layout::kPanels);
         for_kernels(kLanes, [&](int64_t o, int64_t phase, int64_t channel) {
             V transformed[kLanes][kPoints];
             for (int l = 0; l < kLanes; ++l) transform_taps(transformed[l], w, o + l, phase, channel);
@@ -236,12 +245,12 @@ class Convolution {
             const float* pixels[kOutPixels];
             std::fill_n(pixels, kOutPixels, outside_.data());
             g_.for_outputs(y, image, ty, tx, [&](int at, const float* pixel) { pixels[at] = pixel; });
-            float* to = planes.at(0, tile);
             for (int64_t c = 0; c < g_.out_channels; c += kLanes) {
+                float* to = planes.at(0, tile, c);
                 V elements[kOutPixels], transformed[kPoints];
                 for (int p = 0; p < kOutPixels; ++p) elements[p] = read<V>(pixels[p] + c);
                 sandwich<kOutputAdjoint, kIn, kOut>(transformed, elements);
-                for (int p = 0; p < kPoints; ++p) write(to + p * planes.plane + c, transformed[p]);
+                for (int p = 0; p < kPoints; ++p) write(to + p * planes.plane, transformed[p]);
             }
         });
     }
@@ -250,12 +259,12 @@ class Convolution {
                  const View<float>& y) const {
         const Planes kernel = transform_kernel_transposed(w);
         at::parallel_for(0, g_.num_groups(), 1, [&](int64_t begin, int64_t end) {
-            const Planes in = g_.input_planes(), out = g_.output_planes();
+            const Planes in = g_.input_planes(), out = g_.output_planes(Layout::kRows);
             for (int64_t group = begin; group < end; ++group) {
                 transform_inputs(x, group, in);
                 const Product size{g_.tiles_in(group), g_.inner, g_.out_channels, false};
                 for (int p = 0; p < kPoints; ++p)
-                    multiply(size, in.at(p), in.row, 1, kernel.at(p), kernel.row, out.at(p), out.row);
+                    multiply(size, in.at(p), in.row, 1, kernel.panels(p), out.at(p), out.row);
                 transform_outputs(out, group, bias, y);
             }
         });
@@ -265,12 +274,12 @@ class Convolution {
     void input_gradient(const View<const float>& y, const View<const float>& w, const View<float>& x) const {
         const Planes kernel = transform_kernel(w);
         at::parallel_for(0, g_.num_groups(), 1, [&](int64_t begin, int64_t end) {
-            const Planes in = g_.input_planes(), out = g_.output_planes();
+            const Planes in = g_.input_planes(), out = g_.output_planes(Layout::kRows);
             for (int64_t group = begin; group < end; ++group) {
                 gather_outputs(y, group, out);
                 const Product size{g_.tiles_in(group), g_.out_channels, g_.inner, false};
                 for (int p = 0; p < kPoints; ++p)
-                    multiply(size, out.at(p), out.row, 1, kernel.at(p), kernel.row, in.at(p), in.row);
+                    multiply(size, out.at(p), out.row, 1, kernel.panels(p), in.at(p), in.row);
                 scatter_inputs(in, group, x);
             }
         });
@@ -280,7 +289,7 @@ class Convolution {
         const int64_t chunks = std::clamp<int64_t>(g_.num_groups(), 1, at::get_num_threads());
         const std::vector<Planes> sums = make_sums(chunks);
         at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-            const Planes in = g_.input_planes(), out = g_.output_planes();
+            const Planes in = g_.input_planes(), out = g_.output_planes(Layout::kPanels);
             for (int64_t chunk = first; chunk < last; ++chunk) {
                 const int64_t end = g_.num_groups() * (chunk + 1) / chunks;
                 for (int64_t group = g_.num_groups() * chunk / chunks; group < end; ++group) {
@@ -289,7 +298,7 @@ class Convolution {
                     const Product size{g_.inner, g_.tiles_in(group), g_.out_channels, true};
                     const Planes& sum = sums[chunk];
                     for (int p = 0; p < kPoints; ++p)
-                        multiply(size, in.at(p), 1, in.row, out.at(p), out.row, sum.at(p), sum.row);
+                        multiply(size, in.at(p), 1, in.row, out.panels(p), sum.at(p), sum.row);
                 }
             }
         });
@@ -302,7 +311,7 @@ class Convolution {
     std::vector<Planes> make_sums(int64_t count) const {
         std::vector<Planes> sums;
         for (int64_t i = 0; i < count; ++i) {
-            sums.emplace_back(g_.inner, g_.out_channels);
+            sums.emplace_back(g_.inner, g_.out_channels, Layout::kRows);
             sums.back().memory.zero_();
         }
         return sums;

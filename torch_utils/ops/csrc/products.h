@@ -2,6 +2,7 @@
 // Products of matrices: small constant ones with pixels of eight feature maps, and medium-sized ones.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -10,6 +11,7 @@
 
 constexpr int64_t kBlockColumns = 2 * kLanes;  // of a block of c; columns come in multiples of it
 constexpr int64_t kBlockRows = 6;              // with the columns, as many sums as there are registers
+constexpr int64_t kBlockInner = 256;           // terms at a time: their part of b stays in the nearest cache
 
 // Constants, known to the compiler.
 template <int R, int C> struct Matrix {
@@ -80,23 +82,37 @@ struct Product {
     bool adds;  // to what c holds
 };
 
+// A right factor: panels of kBlockColumns columns, with rows `row` and panels `panel` elements apart. Rows
+// that follow each other in memory are read faster than those of a wide matrix, of which each is a page.
+struct Panels {
+    const float* data;
+    int64_t row, panel;
+};
+
+// Terms are added in their order, so that an element of c does not depend on the number of rows or columns.
 inline void multiply(const Product& size, const float* a, int64_t row_step, int64_t inner_step,
-                     const float* b, int64_t b_step, float* c, int64_t c_step) {
-    for (int64_t j = 0; j < size.columns; j += kBlockColumns) {
-        int64_t i = 0;
-        const auto block = [&](auto count) {
-            multiply_block<count()>(a + i * row_step, row_step, inner_step, b + j, b_step, c + i * c_step + j,
-                                    c_step, size.inner, size.adds);
-            i += count();
-        };
-        while (size.rows - i >= kBlockRows) block(std::integral_constant<int, kBlockRows>{});
+                     const Panels& b, float* c, int64_t c_step) {
+    const auto part = [&](int64_t i, int64_t j, int64_t k, auto count) {
+        const float* panel = b.data + j / kBlockColumns * b.panel;
+        multiply_block<count()>(a + i * row_step + k * inner_step, row_step, inner_step, panel + k * b.row,
+                                b.row, c + i * c_step + j, c_step, std::min(kBlockInner, size.inner - k),
+                                size.adds || k > 0);
+    };
+    const auto block = [&](int64_t i, int64_t j, int64_t k) {
         switch (size.rows - i) {
-            case 5: block(std::integral_constant<int, 5>{}); break;
-            case 4: block(std::integral_constant<int, 4>{}); break;
-            case 3: block(std::integral_constant<int, 3>{}); break;
-            case 2: block(std::integral_constant<int, 2>{}); break;
-            case 1: block(std::integral_constant<int, 1>{}); break;
-            default: break;
+            case 5: part(i, j, k, std::integral_constant<int, 5>{}); break;
+            case 4: part(i, j, k, std::integral_constant<int, 4>{}); break;
+            case 3: part(i, j, k, std::integral_constant<int, 3>{}); break;
+            case 2: part(i, j, k, std::integral_constant<int, 2>{}); break;
+            case 1: part(i, j, k, std::integral_constant<int, 1>{}); break;
+            default: part(i, j, k, std::integral_constant<int, kBlockRows>{}); break;
         }
-    }
+    };
+    for (int64_t k = 0; k < size.inner; k += kBlockInner)
+        if (size.rows > size.inner)  // c is the largest matrix: through it row by row
+            for (int64_t i = 0; i < size.rows; i += kBlockRows)
+                for (int64_t j = 0; j < size.columns; j += kBlockColumns) block(i, j, k);
+        else
+            for (int64_t j = 0; j < size.columns; j += kBlockColumns)
+                for (int64_t i = 0; i < size.rows; i += kBlockRows) block(i, j, k);
 }
