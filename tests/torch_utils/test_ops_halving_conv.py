@@ -45,7 +45,8 @@ def derivatives(run, x, w, b, padding, is_twice=False):
     return [out, *grads, *torch.autograd.grad(energy, [leaves[0], leaves[1], r])]
 
 
-# One tile, odd sizes, several images in a group, an image larger than a group, more than one group.
+# One tile, odd sizes, several images in a group, an image larger than a group, more than one group. The first two, and
+# the third with many channels, have fewer tiles than it takes for groups: kernels are transformed in parts.
 SHAPES = [(1, 4, 4), (3, 5, 9), (7, 8, 8), (2, 40, 37), (40, 8, 6)]
 
 
@@ -85,8 +86,9 @@ def test_an_image_does_not_depend_on_its_batch(cpp):
     assert torch.equal(torch.cat([halving_conv2d(image[None], w) for image in x]), together)
 
 
-def test_threads_share_the_work(cpp):
-    x, w, b = torch.randn(40, 32, 16, 16), torch.randn(32, 32, 4, 4), torch.randn(32)
+@pytest.mark.parametrize("images", [3, 40])  # kernels larger than the images' tiles, and smaller
+def test_threads_share_the_work(cpp, images):
+    x, w, b = torch.randn(images, 32, 16, 16), torch.randn(64, 32, 4, 4), torch.randn(64)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
