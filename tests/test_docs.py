@@ -122,6 +122,7 @@ SCRIPT_FLAGS = {
         script: flags_of(script) | {"--help"}
         for script in (
             "tests/benchmarks/metrics.py",
+            "tests/benchmarks/ops.py",
             "tests/benchmarks/precision.py",
             "tests/benchmarks/quickstart.py",
             "tests/benchmarks/san_diagnostics.py",
