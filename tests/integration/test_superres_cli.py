@@ -185,7 +185,10 @@ def test_any_preset_is_a_stage_with_superres(stem_file, write_images):
     arguments = ("--preset", "quickstart", "--superres", "--path_stem", stem_file, "--data", write_images(32))
     config, _ = dry_run(*arguments, "--metrics", "none")
     assert replace(config.generator, superres=()) == STEM
-    assert config.generator_optimizer == quickstart().generator_optimizer and config.generator.superres[0].conv_kernel == 3
+    assert (
+        config.generator_optimizer == quickstart().generator_optimizer
+        and config.generator.superres[0].conv_kernel == 3
+    )
 
 
 # What is said.
