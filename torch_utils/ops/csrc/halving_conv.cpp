@@ -68,12 +68,12 @@ class Convolution : public Transforms {
         at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
             const Planes in = g_.input_planes(), out = g_.output_planes(Layout::kPanels);
             for (int64_t chunk = first; chunk < last; ++chunk) {
+                const int64_t begin = g_.num_groups() * chunk / chunks;
                 const int64_t end = g_.num_groups() * (chunk + 1) / chunks;
-                for (int64_t group = g_.num_groups() * chunk / chunks; group < end; ++group) {
+                for (int64_t group = begin; group < end; ++group) {
                     transform_inputs(x, group, in);
                     gather_outputs(y, group, out);
-                    const bool is_first = group == g_.num_groups() * chunk / chunks;
-                    const Product size{g_.inner, g_.tiles_in(group), g_.out_channels, !is_first};
+                    const Product size{g_.inner, g_.tiles_in(group), g_.out_channels, group > begin};
                     const Planes& sum = sums[chunk];
                     for (int p = 0; p < kPoints; ++p)
                         multiply(size, in.at(p), 1, in.row, out.panels(p), sum.at(p), sum.row);
