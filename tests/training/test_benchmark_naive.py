@@ -253,6 +253,14 @@ def test_a_wrong_result_is_seen():
     assert find_differences({"pixels": far}, pixels)["pixels"] > find_tolerance("pixels", False)
 
 
+def test_gradients_may_differ_by_what_a_rounding_of_the_weights_does():
+    """A few times that, and by no more; images and half precision have limits of their own."""
+    for kind in ("D", "G through D"):
+        assert find_tolerance(kind, False) < find_tolerance(kind, False, jump=0.01) < 0.05
+        assert find_tolerance(kind, True, jump=1.0) == find_tolerance(kind, True)
+    assert find_tolerance("images", False, jump=0.01) == find_tolerance("images", False)
+
+
 def test_a_step_trains_on_both_sides():
     """With learning rates, weights move, and alike."""
     config = benchmark_config("cifar10-16", batch_size=3, is_tiny=True)

@@ -20,7 +20,7 @@ from training.generator.generator import Generator
 from training.generator.network_plan import plan_network
 from training.loss import path_lengths
 from training.memory import Footprint, count_footprint
-from training.precision import apply_precision_, check_precision, precision_note
+from training.precision import apply_precision_, check_precision, precision_note, product_seconds
 from training.presets import PRESETS, dcgan, quickstart
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -326,15 +326,24 @@ def test_small_networks_have_no_modes(modes: tuple[str, ...]) -> None:
         check_precision(with_modes(dcgan("hinge"), *modes), CPU)
 
 
-def test_slow_bfloat16_is_told(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+@pytest.mark.parametrize(("half_seconds", "is_told"), [(2.0, True), (0.5, False)])
+def test_slow_bfloat16_is_told(
+    config: TrainConfig, half_seconds: float, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {torch.bfloat16: half_seconds, torch.float32: 1.0}
+    monkeypatch.setattr("training.precision.product_seconds", seconds.__getitem__)
     assert precision_note(config, CPU) is None
     note = precision_note(with_modes(config, "bf16", "bf16"), CPU)
-    assert note.startswith(
-        "Note: --precision bf16 and --feature-precision bf16: this processor has no bfloat16"
-    )
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert precision_note(with_modes(config, "bf16"), CPU) is None
+    assert (note is not None) == is_told
+    if is_told:
+        assert note.startswith("Note: --precision bf16 and --feature-precision bf16: matrix products")
+        assert "2.0 times as long" in note and "paper is faster" in note
+    assert precision_note(with_modes(config, "bf16"), CUDA) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_timed(dtype: torch.dtype) -> None:
+    assert 0 < product_seconds(dtype) < 60
 
 
 # Memory.

@@ -169,7 +169,8 @@ def small_discriminator(small, request) -> ProjectedDiscriminator:
     return copy.deepcopy(small[request.param])
 
 
-IMAGES, LABELS = torch.rand(4, 3, 32, 32) * 2 - 1, torch.tensor([0, 2, 1, 2])
+IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+LABELS = torch.tensor([0, 2, 1, 2])
 
 
 def test_only_heads_are_trained(D):
@@ -202,7 +203,8 @@ def test_evaluation_does_not_depend_on_the_batch(D):
     D.eval()
     together = D(IMAGES, LABELS)[LITE0].fun
     apart = torch.cat([D(IMAGES[i : i + 1], LABELS[i : i + 1])[LITE0].fun for i in range(len(IMAGES))])
-    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5)
+    largest_of_head = together.abs().amax(dim=0)  # a logit near zero is a sum of large terms
+    assert ((apart - together).abs() <= 1e-5 * largest_of_head).all()
 
 
 def test_labels_matter(D):

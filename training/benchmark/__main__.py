@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 import click
+import torch
 from tqdm import tqdm
 
 from torch_utils.checkpoint import atomic_write
@@ -32,7 +34,8 @@ from training.benchmark.tables import (
     phase_table,
     to_json_value,
 )
-from training.config import TrainConfig
+from training.config import FeaturePrecision, Precision, TrainConfig
+from training.precision import check_precision
 from training.presets import PRESETS
 from training.sampling import pick_device
 
@@ -76,6 +79,10 @@ def parse_list(allowed: tuple[str, ...]) -> Any:
 @click.option(
     "--ops", type=click.Choice(BACKENDS), default="auto", help="Implementation of the fused ops, on our side"
 )
+@click.option("--precision", type=click.Choice(get_args(Precision)), default="paper",
+              help="Of our G, but for sampling; as train.py has it")  # fmt: skip
+@click.option("--feature-precision", type=click.Choice(get_args(FeaturePrecision)), default="paper",
+              help="Of our D's frozen networks; as train.py has it")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Also write everything here")  # fmt: skip
 @click.option("--profile", "trace_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
@@ -92,6 +99,8 @@ def main(
     device: str,
     threads: int,
     ops: str,
+    precision: Precision,
+    feature_precision: FeaturePrecision,
     json_path: Path | None,
     trace_path: Path | None,
     growth_dir: Path | None,
@@ -118,7 +127,16 @@ def main(
             defaults = HOST_WIDTHS if machine.device == "cpu" and not quick else {}
             widths = {name: width or defaults.get(name, 1.0) for name in recipes}
             batches = {name: batch or default_batch(name, machine.device, quick) for name in recipes}
-            configs = {name: benchmark_config(name, batches[name], widths[name], quick) for name in recipes}
+            configs = {
+                name: replace(
+                    benchmark_config(name, batches[name], widths[name], quick),
+                    precision=precision,
+                    feature_precision=feature_precision,
+                )
+                for name in recipes
+            }
+            for config in configs.values():
+                check_precision(config, torch.device(machine.device))
             report["table"] = run_table(configs, widths, rows, machine, repeats)
             report["phases"] = run_phases(configs, rows, machine, repeats, trace_path)
         if json_path is not None:

@@ -14,6 +14,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ from typing import get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from torch_utils.ops import choice
-from training.benchmark.agreement import find_differences, find_tolerance
+from training.benchmark.agreement import ROUNDING, find_differences, find_tolerance
 from training.benchmark.subjects import Row, Side, Subject, make_subject
 from training.config import TrainConfig
 from training.generator.network_plan import plan_network
@@ -97,14 +99,30 @@ def compare(
         result.timings[side] = Timing(seconds=values, peak_bytes=peaks[side])
     if len(results) == len(get_args(Side)):
         result.differences.update(find_differences(results["ours"], results["naive"]))
-        is_half = machine.device == "cuda" and has_half_precision(config)
-        result.tolerances.update({kind: find_tolerance(kind, is_half) for kind in result.differences})
+        is_half = has_half_precision(config, machine.device)
+        jumps = find_jumps(config, machine, results["ours"]) if row == "step" and not is_half else {}
+        result.tolerances.update(
+            {kind: find_tolerance(kind, is_half, jumps.get(kind, 0.0)) for kind in result.differences}
+        )
     return result
 
 
-def has_half_precision(config: TrainConfig) -> bool:
-    """Whether layers of G run in half precision on CUDA."""
-    return any(layer.use_fp16 for layer in plan_network(config.generator).layers)
+def find_jumps(config: TrainConfig, machine: Machine, results: dict[str, np.ndarray]) -> dict[str, float]:
+    """How far gradients of our iteration differ from `results` when each trained number moves by a rounding."""
+    with start_process() as process:
+        try:
+            moved = process.submit(prepare, config, "step", "ours", machine, 0, ROUNDING).result()
+        except BrokenProcessPool:
+            return {}
+    return find_differences(moved, results)
+
+
+def has_half_precision(config: TrainConfig, device_type: str) -> bool:
+    """Whether some of our networks run in half precision, or in TF32."""
+    if config.feature_precision != "paper" or config.precision in ("bf16", "fp16"):
+        return True
+    layers = plan_network(config.generator).layers
+    return device_type == "cuda" and config.precision == "paper" and any(layer.use_fp16 for layer in layers)
 
 
 def start_process() -> ProcessPoolExecutor:
@@ -131,9 +149,12 @@ _subject: Subject | None = None  # what `run_once` runs
 
 
 def prepare(
-    config: TrainConfig, row: Row, side: Side, machine: Machine, num_samples: int
+    config: TrainConfig, row: Row, side: Side, machine: Machine, num_samples: int, move: float = 0.0
 ) -> dict[str, np.ndarray]:
-    """Build a side of a row and run it once, with optimizers that do not move anything; the results."""
+    """Build a side of a row and run it once, with optimizers that do not move anything; the results.
+
+    move: of what the optimizers train, each number is first multiplied by 1 + move * a normal one.
+    """
     global _subject
     device = set_up(machine, config, side)
     _subject = make_subject(config, row, side, device, num_samples)
@@ -143,10 +164,19 @@ def prepare(
     rates = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] = 0.0
+        if move:
+            move_(group["params"], move)
     run_once()
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
     return {name: value.cpu().numpy() for name, value in _subject.results.items()}
+
+
+@torch.no_grad()
+def move_(parameters: Iterable[Tensor], share: float) -> None:
+    """Multiply every number by 1 + share * a normal one, in place."""
+    for parameter in parameters:
+        parameter.mul_(1 + share * torch.randn_like(parameter))
 
 
 def set_up(machine: Machine, config: TrainConfig, side: Side) -> torch.device:

@@ -26,6 +26,7 @@ from training.generator.generator import Generator
 from training.initialization import Networks
 from training.loss import GuidanceClassifier, ProjectedGANLoss
 from training.optimizers import make_optimizer
+from training.precision import apply_precision_
 from training.sampling import seeded_sampler, to_uint8_metrics
 from training.superres import freeze_stem_
 from training.train_step import StepContext, discriminator_step, generator_step, path_length_step
@@ -58,6 +59,8 @@ def make_subject(
         return sampling_subject(G.eval().requires_grad_(False), side, device, num_samples)
     if config.generator.superres:
         freeze_stem_(G, config.trains_stem_input)
+    if side == "ours":
+        G.synthesis.set_precision_(config.precision)
     run_G = G if side == "ours" else NaiveGenerator(G)
     draws = make_draws(config, device)
     z, labels = draws.normal("z", G.z_dim), draw_labels(config, draws)
@@ -138,6 +141,7 @@ class OurTrainer:
         device: torch.device,
     ) -> None:
         self.config, self.device = config, device
+        apply_precision_(networks.G, networks.D, config, device)
         self.G, self.D, self.G_ema = networks.G, networks.D, networks.G_ema
         trained = [p for p in self.G.parameters() if p.requires_grad]
         self.G_optimizer = make_optimizer(trained, config.generator_optimizer)
