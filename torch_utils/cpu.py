@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Settings that make repeated training steps on a CPU faster without changing a result."""
+"""Memory of this process: settings that make repeated training steps on a CPU faster, and the most it has had."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 
 import torch
 
@@ -30,3 +31,22 @@ def tune_for_training() -> None:
             any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_BLOCKS)  # 1 = accepted
         except (OSError, AttributeError):  # musl and others: slower, not wrong
             pass
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had in memory, as the operating system counts them.
+
+    On Linux VmHWM, as getrusage's figure begins with the peak of the process that started this one.
+    """
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource  # not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

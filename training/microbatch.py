@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 
 import numpy as np
-import psutil
 import torch
 
 from torch_utils import cpu
@@ -145,11 +143,7 @@ def measure_on_host(config: TrainConfig, size: int) -> int:
     """Most bytes that this process has had, after a training iteration on the CPU. Call it with growing sizes."""
     cpu.tune_for_training()
     run_iteration(replace(config, microbatch_size=size), torch.device("cpu"))
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return cpu.peak_memory()
 
 
 def run_iteration(config: TrainConfig, device: torch.device) -> None:

@@ -15,7 +15,6 @@ import importlib
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,8 @@ import numpy as np
 import torch
 from metric_ways import QUICK, TASKS, Sizes, Task, Way
 
+from torch_utils.cpu import peak_memory
+
 MAX_REPEATED_S = 3.0  # shorter runs are repeated
 REPEATS = 3
 MIB = 2**20
@@ -39,7 +40,7 @@ def run_row(task: Task, way: Way, sizes: Sizes, inputs: Path) -> dict[str, float
     warnings.simplefilter("ignore")
     importlib.import_module(way.needs)
     x = dict(np.load(inputs))
-    before = peak_mib()
+    before = peak_memory() / MIB
     seconds = math.inf
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -47,15 +48,9 @@ def run_row(task: Task, way: Way, sizes: Sizes, inputs: Path) -> dict[str, float
         seconds = min(seconds, time.perf_counter() - start)
         if seconds > MAX_REPEATED_S:
             break
-    return {"seconds": seconds, "mib": peak_mib() - before, "value": float(value)} | (
+    return {"seconds": seconds, "mib": peak_memory() / MIB - before, "value": float(value)} | (
         {"truth": float(x["truth"])} if "truth" in x else {}
     )
-
-
-def peak_mib() -> float:
-    """Largest resident size of this process so far; kilobytes on Linux, bytes on macOS."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if sys.platform == "darwin" else peak / 1024
 
 
 def run_child(arguments: list[str], threads: int) -> tuple[str, str | None]:

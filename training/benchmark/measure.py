@@ -11,7 +11,6 @@ import gc
 import multiprocessing
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_utils.cpu import peak_memory
 from torch_utils.ops import choice
 from training.benchmark.agreement import ROUNDING, find_differences, find_tolerance
 from training.benchmark.subjects import Row, Side, Subject, make_subject
@@ -226,11 +226,4 @@ def read_peak() -> int:
     """Bytes: on CUDA the most that tensors had, elsewhere the most that the process had in memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        import resource  # not on Windows, which has no VmHWM either
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory()
