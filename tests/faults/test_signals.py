@@ -27,13 +27,13 @@ def check_stopped(harness, counts, outdir: Path, run, code: int, cause: str) -> 
 
 
 def throttle(run) -> None:
-    """Let a run have a fifth of the time until it ends, so that it surely does not come to its end by itself."""
+    """Let a run have a sixteenth of the time until it ends, so that it does not come near its end by itself."""
     process = psutil.Process(run.process.pid)
     while run.process.poll() is None and "Stopped at" not in run.output:
         process.suspend()
-        time.sleep(0.08)
+        time.sleep(0.15)
         process.resume()
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
 def test_one_process(harness, rows, straight: Path, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_one_process(harness, rows, straight: Path, tmp_path: Path) -> None:
     left, counts = harness.Left.by(outdir), rows("SIGINT")
     run = harness.start(outdir, "--resume", "auto")
     assert harness.wait_until(lambda: "Continued at" in run.output, run)
-    time.sleep(0.5)
+    time.sleep(0.2)
     run.process.send_signal(signal.SIGINT)
     left.count_losses(rows("--time-limit"), run)
     check_stopped(harness, counts, outdir, run, INTERRUPTED, "SIGINT received by rank 0")
